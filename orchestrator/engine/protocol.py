@@ -1,0 +1,92 @@
+"""The contract between the training loop and an engine, and the words they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from orchestrator.data.batch import MicroBatch
+from orchestrator.layout import Row
+
+LossSum = Callable[[nn.Module, MicroBatch], torch.Tensor]
+"""Sum (not mean) of the cross-entropy over the labelled tokens of a micro-batch, a scalar in fp32."""
+
+
+class Weights(Protocol):
+    """Where the initial values of parameters come from."""
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter `name`, one-dimensional, on the CPU, in the source's dtype."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A contiguous run of one flattened tensor of the training state, held by this rank.
+
+    `name` is the parameter's, `kind` one of "weight" (the master), "exp_avg", "exp_avg_sq"; `start` is the offset of
+    `data[0]` in the flattened parameter; `shape` is the parameter's global shape. `owned` is False where another rank
+    holds the same elements and saves them.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    data: torch.Tensor
+    owned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`grad_norm` of the global gradient before clipping; `finite` False: no rank has updated anything."""
+
+    grad_norm: float
+    finite: bool
+
+
+class Engine(Protocol):
+    """One strategy at work on this rank. Averaging over ranks and micro-batches hides inside: gradients are those of
+    (sum of the losses of all micro-batches of all ranks) ÷ `labelled`."""
+
+    def building(self) -> AbstractContextManager[object]:
+        """The context in which the module must be constructed."""
+        ...
+
+    def adopt(self, model: nn.Module, weights: Weights) -> None:
+        """Shard `model`, fill it from `weights`, and make the optimizer. Once, before anything else."""
+        ...
+
+    def forward_backward(self, batch: MicroBatch, labelled: int, *, last: bool, learn: bool = True) -> torch.Tensor:
+        """The local loss sum, detached, a scalar. `last`: the micro-batch that ends the step. `learn` False: forward alone."""
+        ...
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update, and clear the gradients."""
+        ...
+
+    def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
+        """This rank's pieces of the training state, and the scalars ("step", "loss_scale") that every rank agrees on."""
+        ...
+
+    def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
+        """Inverse of `save`: `read(name, kind, start, stop)` gives any run of any saved tensor, whoever wrote it."""
+        ...
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole trained tensor on the CPU in the compute dtype), one at a time; every rank must iterate, and only
+        rank 0 gets data: on the others the tensor is empty."""
+        ...
+
+    def census(self) -> tuple[Row, ...]:
+        """The live tensors of this rank as rows, measured from storages, comparable with the Layout's."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...

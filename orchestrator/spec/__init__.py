@@ -1,0 +1,29 @@
+"""Frozen values that say what a run is. Standard library only."""
+
+from orchestrator.spec.cluster import Card, Cluster
+from orchestrator.spec.codec import digest, from_json, to_json
+from orchestrator.spec.model import KNOWN_FAMILIES, LINEARS, ROOT, ModelShape, Parameter, expand_targets, parameters, with_lora
+from orchestrator.spec.run import (
+    Batch,
+    Checkpoint,
+    Data,
+    Evaluation,
+    Export,
+    Logging,
+    Model,
+    Optimizer,
+    Planning,
+    Precision,
+    Run,
+    RunSpec,
+    Schedule,
+    Tuning,
+)
+from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Shard, Strategy
+
+__all__ = [
+    "KNOWN_FAMILIES", "LINEARS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card", "Checkpoint", "Cluster", "Data", "Engine",
+    "Evaluation", "Export", "Home", "Logging", "Model", "ModelShape", "Optimizer", "Parameter", "Planning", "Precision", "Run",
+    "RunSpec", "Schedule", "Shard", "Strategy", "Tuning", "digest", "expand_targets", "from_json", "parameters", "to_json",
+    "with_lora",
+]  # fmt: skip

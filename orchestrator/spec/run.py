@@ -1,0 +1,150 @@
+"""RunSpec: everything that decides a run, validated, frozen, and free of Hydra and torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.spec.cluster import Cluster
+from orchestrator.spec.model import ModelShape
+from orchestrator.spec.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`dir` None: a fresh folder under runs/ is named after the run. `steps` None: `epochs` passes over the data."""
+
+    dir: str | None
+    steps: int | None
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Where weights come from: local folder or hub id `path`; None: random weights of `shape`, from `seed`."""
+
+    name: str
+    path: str | None
+    trust_remote_code: bool
+    shape: ModelShape | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """`kind` "full" or "lora"; `targets` are module names, "all-linear" already expanded."""
+
+    kind: str
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`global_size` samples a step = `micro` (per rank and forward) × `accumulation` × data-parallel ranks."""
+
+    global_size: int
+    micro: int
+    accumulation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """`path` None: the built-in sample. `format` "auto", "alpaca" or "messages". `tokenizer` None: the model's own.
+
+    `eval_fraction` of the samples is held out, chosen by `seed`; `on_malformed` "refuse" or "skip".
+    """
+
+    path: str | None
+    seq_len: int
+    format: str = "auto"
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    eval_fraction: float = 0.0
+    on_malformed: str = "refuse"
+    on_long: str = "truncate"
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    name: str
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """`kind` "constant", "linear" or "cosine". `warmup` below 1 is a share of all steps, else a number of steps."""
+
+    kind: str
+    warmup: float
+    min_ratio: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """`compute` "bf16", "fp16" or "fp32": the dtype of forward, backward and of the working copy of the weights."""
+
+    compute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`every` 0: only at the end of the run; `keep` newest checkpoints stay."""
+
+    every: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    every: int
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """`format` "none" or "hf"; `merge`: also write the base model with the adapters folded in."""
+
+    format: str
+    merge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Logging:
+    """`every` steps between lines and memory rows; `tracker` "none", "tensorboard" or "wandb"."""
+
+    every: int
+    tracker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """`on_misfit` "refuse", "warn" or "ignore"."""
+
+    on_misfit: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    run: Run
+    seed: int
+    model: Model
+    tuning: Tuning
+    strategy: Strategy
+    batch: Batch
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    recompute: str
+    precision: Precision
+    cluster: Cluster
+    checkpoint: Checkpoint
+    resume: str
+    eval: Evaluation
+    export: Export
+    logging: Logging
+    plan: Planning
