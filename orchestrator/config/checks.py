@@ -1,0 +1,172 @@
+"""What must agree between keys. Pure functions: each returns the faults that it finds."""
+
+from __future__ import annotations
+
+from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, TuningConf, TuningKind, ZeroConf
+from orchestrator.errors import Fault
+from orchestrator.spec import KNOWN_FAMILIES, LINEARS, Cluster, ModelShape
+from orchestrator.units import align_up
+
+ALL_LINEAR = "all-linear"
+
+
+def engine_faults(zero: ZeroConf, fsdp: FsdpConf) -> list[Fault]:
+    """Two engines at once."""
+    if zero.stage is None or fsdp.kind is FsdpKind.none:
+        return []
+    problem = f"zero=stage{zero.stage} is DeepSpeed and fsdp={fsdp.kind.name} is FSDP2; one run has one engine"
+    return [Fault("zero, fsdp", problem, f"keep one: zero=stage{zero.stage} fsdp=none, or zero=none fsdp={fsdp.kind.name}")]
+
+
+def offload_faults(zero: ZeroConf, fsdp: FsdpConf, offload: OffloadConf) -> list[Fault]:
+    """Offload that no engine of the project does."""
+    if not (offload.optimizer or offload.parameters):
+        return []
+    name = "cpu" if offload.parameters else "optimizer"
+    if zero.stage is not None:
+        if offload.parameters and not offload.optimizer:
+            problem = "DeepSpeed offloads parameters only together with the optimizer"
+            return [Fault("offload", problem, "use offload=cpu with zero=stage3, or offload=optimizer")]
+        if zero.stage == 0:
+            problem = (
+                f"offload={name} with zero=stage0: DeepSpeed offloads sharded optimizer states, and stage 0 shards nothing"
+            )
+            return [Fault("offload", problem, "use zero=stage2 offload=optimizer, zero=stage3 offload=cpu, or offload=none")]
+        if offload.parameters and zero.stage < 3:
+            problem = f"offload=cpu moves parameters, and under zero=stage{zero.stage} they stay whole on every card"
+            return [Fault("offload", problem, "use offload=optimizer, or zero=stage3")]
+        return []
+    if fsdp.kind is not FsdpKind.none:
+        if offload.parameters and offload.optimizer:
+            return []
+        problem = f"offload={name} with fsdp={fsdp.kind.name}: FSDP2 offloads parameters, gradients and optimizer together"
+        return [Fault("offload", problem, "use offload=cpu, or zero=stage2 offload=optimizer")]
+    remedy = "add zero=stage3 or fsdp=full_shard" if offload.parameters else "add zero=stage2"
+    return [Fault("offload", f"offload={name} needs an engine that can, and zero=none and fsdp=none", remedy)]
+
+
+def pin_faults(offload: OffloadConf, cluster: Cluster) -> list[Fault]:
+    """Page-locked memory without an accelerator."""
+    if not offload.pin_memory or cluster.card.name != "cpu":
+        return []
+    return [Fault("offload.pin_memory", "there is no accelerator here to copy page-locked memory to", "leave it out")]
+
+
+def rank_faults(ranks: int, cluster: Cluster) -> list[Fault]:
+    """A number of processes that a named cluster does not have."""
+    if cluster.name == "local" or ranks == cluster.cards:
+        return []
+    problem = (
+        f"{ranks} {'process runs' if ranks == 1 else 'processes run'}, but cluster={cluster.name} has {cluster.cards} cards"
+    )
+    remedy = f"start one process for each card (torchrun --nproc-per-node={cluster.cards_per_node}), or use cluster=local"
+    return [Fault("cluster", problem, remedy)]
+
+
+def shard_faults(fsdp: FsdpConf, ranks: int, size: int) -> list[Fault]:
+    """A shard group of hybrid_shard that does not divide the ranks."""
+    if fsdp.kind is not FsdpKind.hybrid_shard or ranks % size == 0:
+        return []
+    divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+    problem = f"shard groups of {size} ranks do not divide {ranks} ranks"
+    return [Fault("fsdp.shard_size", problem, f"use one of {divisors}")]
+
+
+def batch_faults(global_size: int, micro: int | None, dp: int) -> list[Fault]:
+    """A global batch that its ranks and micro-batches do not divide; the nearest sizes that work are told."""
+    share = dp * (micro or 1)
+    if global_size % share == 0:
+        return []
+    parts = f"{dp} data-parallel ranks" if micro is None else f"{dp} data-parallel ranks x batch.micro {micro} = {share}"
+    below, above = global_size // share * share, align_up(global_size, share)
+    nearest = f"{below} or {above}" if below else str(above)
+    remedy = f"set batch.global_size to {nearest}" + ("" if micro in (None, 1) else ", or another batch.micro")
+    return [Fault("batch.global_size", f"{global_size} samples cannot be divided among {parts}", remedy)]
+
+
+def precision_faults(compute: str, zero: ZeroConf, cluster: Cluster) -> list[Fault]:
+    """A number format that the card or the stage cannot do."""
+    faults = []
+    if compute == "bf16" and not cluster.card.bf16:
+        faults.append(Fault("precision", f"precision=bf16, but the card {cluster.card.name} has no bf16", "use precision=fp16"))
+    if compute == "fp16" and zero.stage == 0:
+        problem = "precision=fp16 with zero=stage0: DeepSpeed's fp16 optimizer without sharding does not clip gradients"
+        faults.append(Fault("precision", problem, "use zero=stage1, or another precision"))
+    return faults
+
+
+def length_faults(seq_len: int, shape: ModelShape | None) -> list[Fault]:
+    """Sequences longer than the model was made for."""
+    if shape is None or not 0 < shape.max_position_embeddings < seq_len:
+        return []
+    limit = shape.max_position_embeddings
+    problem = f"{seq_len} tokens, but the model was made for at most {limit} (max_position_embeddings)"
+    return [Fault("data.seq_len", problem, f"set data.seq_len={limit} or less")]
+
+
+def shape_faults(shape: ModelShape | None) -> list[Fault]:
+    """Dimensions that do not make a model."""
+    if shape is None:
+        return []
+    faults = []
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    if groups > 0 and heads % groups:
+        problem = f"{heads} query heads cannot share {groups} key and value heads"
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        faults.append(Fault("model.num_key_value_heads", problem, f"use one of {divisors}"))
+    return faults
+
+
+def family_faults(shape: ModelShape | None, random: bool) -> list[Fault]:
+    """Random weights of a family that the project cannot build from dimensions."""
+    if not random or shape is None or shape.known:
+        return []
+    problem = f"random weights of the family {shape.model_type!r} cannot be made from dimensions"
+    return [Fault("model.model_type", problem, f"use one of {', '.join(KNOWN_FAMILIES)}, or give model.path")]
+
+
+def target_names(tuning: TuningConf) -> tuple[str, ...] | None:
+    """LoRA's targets as names, one string or several; None where they are neither."""
+    given = tuning.targets
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        return tuple(dict.fromkeys(given))
+    return None
+
+
+def target_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
+    """LoRA targets that are no names, or that a known family does not have."""
+    if tuning.kind is not TuningKind.lora:
+        return []
+    names, options = target_names(tuning), ", ".join(LINEARS)
+    if not names:
+        problem = f"tuning.targets={tuning.targets} is no list of layer names"
+        return [Fault("tuning.targets", problem, "write tuning.targets=[q_proj,v_proj] or tuning.targets=all-linear")]
+    if ALL_LINEAR in names and len(names) > 1:
+        return [Fault("tuning.targets", "all-linear stands for every layer and cannot be joined with others", "use it alone")]
+    if shape is None or not shape.known:
+        if ALL_LINEAR in names and shape is not None:
+            problem = f"the linear layers of the family {shape.model_type!r} are not known here"
+            return [Fault("tuning.targets", problem, "name them: tuning.targets=[...]")]
+        return []
+    unknown = [name for name in names if name not in LINEARS and name != ALL_LINEAR]
+    if not unknown:
+        return []
+    problem = f"{shape.model_type} has no linear layer {', '.join(unknown)} in its blocks"
+    return [Fault("tuning.targets", problem, f"valid: {options}, all-linear")]
+
+
+def export_faults(merge: bool, kind: TuningKind) -> list[Fault]:
+    """Merging adapters that are not there."""
+    if not merge or kind is TuningKind.lora:
+        return []
+    return [Fault("export.merge", "tuning=full has no adapters to fold in", "leave it out, or add tuning=lora")]
+
+
+def eval_faults(every: int, fraction: float) -> list[Fault]:
+    """Evaluation without anything held out."""
+    if every == 0 or fraction > 0:
+        return []
+    problem = f"eval.every={every}, but data.eval_fraction=0 holds out no samples"
+    return [Fault("eval.every", problem, "add data.eval_fraction=0.05, or set eval.every=0")]

@@ -1,0 +1,232 @@
+"""compose: overrides in, one frozen RunSpec out. The typed boundary: no DictConfig lives past it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from orchestrator import spec
+from orchestrator.config import checks
+from orchestrator.config.catalog import CONF_DIR
+from orchestrator.config.idle import idle_faults
+from orchestrator.config.overrides import check_overrides, composition_fault
+from orchestrator.config.ranges import path_faults, range_faults
+from orchestrator.config.schema import ClusterConf, Compute, DataConf, RootConf, TuningConf, TuningKind
+from orchestrator.config.shapes import DIMENSIONS, resolve_model
+from orchestrator.config.strategy import build_strategy, require_strategy, shard_size
+from orchestrator.errors import ConfigError, Fault
+from orchestrator.units import GIB, MIB
+
+Local = Callable[[int | None], spec.Cluster]
+"""Describes the machine at hand for a number of ranks (None: one for each card, or one on a machine without)."""
+
+TINY = "tiny"
+
+# The root alone: it types every group file, and a schema for each group would show up as one more choice.
+ConfigStore.instance().store(name="schema", node=RootConf)
+
+
+def compose_conf(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RootConf:
+    """The merged config as typed dataclasses, single values still unchecked.
+
+    Raises:
+        ConfigError: Hydra cannot compose it.
+    """
+    try:
+        with initialize_config_dir(str(conf_dir.resolve()), job_name="orchestrator", version_base="1.3"):
+            merged = hydra_compose("config", overrides=list(overrides))
+        return cast(RootConf, OmegaConf.to_object(merged))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(composition_fault(error, conf_dir)) from error
+
+
+def _host(ranks: int | None) -> spec.Cluster:
+    """This machine as `ranks` shares of its memory, from the standard library alone; `cluster.local` knows its cards."""
+    count = ranks or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    card = spec.Card("cpu", memory // count, half_tflops=0.0, memory_gb_per_s=0.0, link_gb_per_s=0.0, bf16=True, source="host")
+    return spec.Cluster("local", nodes=1, cards_per_node=count, card=card, host_bytes=memory)
+
+
+def build_cluster(conf: ClusterConf, ranks: int | None, local: Local | None) -> spec.Cluster:
+    """The cluster that `conf` names; "local" is the machine at hand, seen through `local`."""
+    if conf.name == "local":
+        return (local or _host)(ranks or conf.nodes * conf.cards_per_node or None)
+    card = spec.Card(
+        name=conf.card.name,
+        memory_bytes=conf.card.memory_mib * MIB,
+        half_tflops=conf.card.half_tflops,
+        memory_gb_per_s=conf.card.memory_gb_per_s,
+        link_gb_per_s=conf.card.link_gb_per_s,
+        bf16=conf.card.bf16,
+        source=conf.card.source,
+    )
+    return spec.Cluster(conf.name, conf.nodes, conf.cards_per_node, card, host_bytes=int(conf.host_gib * GIB))
+
+
+def choose_precision(compute: Compute, card: spec.Card) -> str:
+    """The number format: where it is "auto", bf16 if the card has it, else fp16, and fp32 on a CPU, where halves are slow."""
+    if compute is not Compute.auto:
+        return str(compute.value)
+    if card.name == "cpu":
+        return "fp32"
+    return "bf16" if card.bf16 else "fp16"
+
+
+def _tiny(model: spec.Model) -> bool:
+    return model.name == TINY and model.path is None
+
+
+def choose_lr(lr: float | None, tuning: TuningKind, tiny: bool) -> float:
+    """The peak learning rate: as given, else by what is trained."""
+    if lr is not None:
+        return lr
+    if tiny:
+        return 3e-3
+    return 2e-4 if tuning is TuningKind.lora else 2e-5
+
+
+def choose_micro(micro: int | None, share: int, tiny: bool) -> int:
+    """Samples in one forward: as given, else the largest divisor of a rank's `share` up to 8 for the tiny model, 1 for others."""
+    if micro is not None:
+        return micro
+    most = 8 if tiny else 1
+    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+
+
+def choose_seq_len(data: DataConf, shape: spec.ModelShape | None) -> int:
+    """Tokens of the longest sample: as given, else 256 for the built-in sample and 2048 for files, within the model's limit."""
+    if data.seq_len is not None:
+        return data.seq_len
+    wanted = 256 if data.path is None else 2048
+    limit = shape.max_position_embeddings if shape is not None else 0
+    return min(wanted, limit) if limit > 0 else wanted
+
+
+def _tuning(conf: TuningConf) -> spec.Tuning:
+    if conf.kind is TuningKind.full:
+        return spec.Tuning(kind="full")
+    targets = spec.expand_targets(checks.target_names(conf) or ())
+    return spec.Tuning("lora", rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets)
+
+
+def _data(conf: DataConf, seq_len: int) -> spec.Data:
+    return spec.Data(
+        path=None if conf.path is None else str(Path(conf.path).expanduser()),
+        seq_len=seq_len,
+        format=conf.format.value,
+        tokenizer=conf.tokenizer,
+        chat_template=conf.chat_template,
+        eval_fraction=conf.eval_fraction,
+        on_malformed=conf.on_malformed.value,
+        on_long=conf.on_long.value,
+        cache_dir=conf.cache_dir,
+    )
+
+
+def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Model, strict: bool) -> list[Fault]:
+    """The faults between keys, `strict` also where no strategy is named."""
+    size = shard_size(conf.fsdp, ranks, cluster)
+    return [
+        *checks.engine_faults(conf.zero, conf.fsdp),
+        *checks.offload_faults(conf.zero, conf.fsdp, conf.offload),
+        *checks.pin_faults(conf.offload, cluster),
+        *checks.rank_faults(ranks, cluster),
+        *checks.shard_faults(conf.fsdp, ranks, size),
+        *(require_strategy(conf.zero, conf.fsdp, ranks) if strict else []),
+        *checks.batch_faults(conf.batch.global_size, conf.batch.micro, ranks),
+        *checks.precision_faults(choose_precision(conf.precision.compute, cluster.card), conf.zero, cluster),
+        *checks.length_faults(choose_seq_len(conf.data, model.shape), model.shape),
+        *checks.shape_faults(model.shape),
+        *checks.family_faults(model.shape, model.path is None),
+        *checks.target_faults(conf.tuning, model.shape),
+        *checks.export_faults(conf.export.merge, conf.tuning.kind),
+        *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
+    ]
+
+
+def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Model) -> spec.RunSpec:
+    """The frozen spec of a config without faults."""
+    strategy = build_strategy(conf, ranks, cluster, model.shape)
+    share = conf.batch.global_size // strategy.dp
+    micro = choose_micro(conf.batch.micro, share, _tiny(model))
+    first, second = conf.optimizer.betas
+    return spec.RunSpec(
+        run=spec.Run(conf.run.dir, conf.run.steps, conf.run.epochs),
+        seed=conf.seed,
+        model=model,
+        tuning=_tuning(conf.tuning),
+        strategy=strategy,
+        batch=spec.Batch(conf.batch.global_size, micro, share // micro),
+        data=_data(conf.data, choose_seq_len(conf.data, model.shape)),
+        optimizer=spec.Optimizer(
+            name=conf.optimizer.name.value,
+            lr=choose_lr(conf.optimizer.lr, conf.tuning.kind, _tiny(model)),
+            betas=(first, second),
+            eps=conf.optimizer.eps,
+            weight_decay=conf.optimizer.weight_decay,
+            clip=conf.optimizer.clip,
+        ),
+        schedule=spec.Schedule(conf.schedule.kind.value, conf.schedule.warmup, conf.schedule.min_ratio),
+        recompute=conf.recompute.kind.value,
+        precision=spec.Precision(choose_precision(conf.precision.compute, cluster.card)),
+        cluster=cluster,
+        checkpoint=spec.Checkpoint(conf.checkpoint.every, conf.checkpoint.keep),
+        resume=conf.resume,
+        eval=spec.Evaluation(conf.eval.every),
+        export=spec.Export(conf.export.format.value, conf.export.merge),
+        logging=spec.Logging(conf.logging.every, conf.logger.tracker.value),
+        plan=spec.Planning(conf.plan.on_misfit.value),
+    )
+
+
+def compose(
+    overrides: Sequence[str],
+    *,
+    ranks: int | None = None,
+    config_dir: Path | None = None,
+    local: Local | None = None,
+    strict: bool = True,
+) -> spec.RunSpec:
+    """The resolved run that `overrides` ask for, every null filled in and every agreement checked.
+
+    `ranks` is the number of processes that really run; None: one for each card of the cluster. `config_dir` replaces
+    the project's conf/. `local` describes the machine at hand where the cluster is "local". `strict` False lets several
+    ranks pass without zero or fsdp, for a planner that chooses.
+
+    Raises:
+        ConfigError: with all faults. Misspelt overrides hide the faults between keys, which could be their consequence.
+    """
+    conf_dir = config_dir or CONF_DIR
+    good, stated, misspelt = check_overrides(overrides, conf_dir)
+    conf = _composed_beside(good, conf_dir, misspelt)
+    dimensions = tuple(name for name in DIMENSIONS if f"model.{name}" in stated)
+    model, model_faults = resolve_model(conf.model, dimensions, conf_dir)
+    single = [*range_faults(conf), *path_faults(conf), *model_faults]
+    if misspelt:
+        raise ConfigError([*misspelt, *single])
+    # A number that is impossible by itself would only echo in the checks that follow.
+    if any(fault.field.startswith(("batch.", "zero.", "fsdp.", "cluster.", "optimizer.betas", "model.n")) for fault in single):
+        raise ConfigError(single)
+    cluster = build_cluster(conf.cluster, ranks, local)
+    count = ranks if ranks is not None else cluster.cards
+    faults = [*single, *idle_faults(conf, stated), *_agreement_faults(conf, count, cluster, model, strict)]
+    if faults:
+        raise ConfigError(faults)
+    return build_spec(conf, count, cluster, model)
+
+
+def _composed_beside(good: Sequence[str], conf_dir: Path, misspelt: Sequence[Fault]) -> RootConf:
+    try:
+        return compose_conf(good, conf_dir)
+    except ConfigError as error:
+        raise ConfigError([*misspelt, *error.faults]) from error

@@ -1,0 +1,48 @@
+"""Keys that would be ignored: a person who sets one expects it to act, so it is refused with what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.config.schema import FsdpKind, RootConf, TuningKind
+from orchestrator.errors import Fault
+
+Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
+
+NEEDS: tuple[Need, ...] = (
+    (
+        ("tuning.rank", "tuning.alpha", "tuning.dropout", "tuning.targets"),
+        lambda conf: conf.tuning.kind is TuningKind.lora,
+        "tuning=full has no adapters",
+        "add tuning=lora",
+    ),
+    (
+        ("zero.reduce_bucket", "zero.allgather_bucket", "zero.prefetch_bucket", "zero.persistence_threshold",
+         "zero.max_live_parameters", "zero.max_reuse_distance", "zero.sub_group_size", "zero.overlap_comm"),
+        lambda conf: conf.zero.stage is not None,
+        "zero=none runs no DeepSpeed",
+        "add zero=stage3, or another stage",
+    ),
+    (
+        ("fsdp.shard_size",),
+        lambda conf: conf.fsdp.kind is FsdpKind.hybrid_shard,
+        "only hybrid_shard has shard groups",
+        "add fsdp=hybrid_shard",
+    ),
+    (
+        ("offload.pin_memory",),
+        lambda conf: conf.offload.optimizer or conf.offload.parameters,
+        "offload=none moves nothing to host memory",
+        "add offload=cpu or offload=optimizer",
+    ),
+)  # fmt: skip
+
+
+def idle_faults(conf: RootConf, stated: frozenset[str]) -> list[Fault]:
+    """A fault for each group of keys in `stated` (those the user has set) that nothing in `conf` would read."""
+    faults = []
+    for names, active, reason, remedy in NEEDS:
+        idle = [name for name in names if name in stated]
+        if idle and not active(conf):
+            faults.append(Fault(", ".join(idle), f"would have no effect: {reason}", f"{remedy}, or leave it out"))
+    return faults

@@ -1,0 +1,125 @@
+"""The command line against the catalogue: every override that is misspelt or of the wrong type, before Hydra composes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from orchestrator.config.catalog import Key, groups, keys, sections
+from orchestrator.config.schema import RootConf
+from orchestrator.errors import Fault
+
+
+def meant(word: str, options: Iterable[str]) -> str:
+    """'; did you mean X?' with the option nearest to `word`, or nothing where none is near."""
+    names = list(options)
+    leaf = word.rpartition(".")[2]
+    near = difflib.get_close_matches(word, names, n=1)
+    near = near or [name for name in names if name.rpartition(".")[2] == leaf]
+    near = near or [
+        name for name in names if "." in name and difflib.get_close_matches(leaf, [name.rpartition(".")[2]], cutoff=0.75)
+    ]
+    near = near or [name for name in names if len(names) < 40 and word and word in name]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _options_at(path: str, known: Mapping[str, Key], names: Mapping[str, Any]) -> str:
+    """The valid continuations of `path`: the keys of its section, else the groups and sections."""
+    section = path.rpartition(".")[0]
+    inside = [name for name in known if name.rpartition(".")[0] == section]
+    if section and inside:
+        return f"valid in {section}: {', '.join(inside)}"
+    top = sorted({*names, *(name.partition(".")[0] for name in known)} - {"cluster/card"})
+    return f"valid groups and sections: {', '.join(top)}"
+
+
+def unknown_key(path: str, where: str, known: Mapping[str, Key], names: Mapping[str, Any]) -> Fault:
+    """The fault of a key that does not exist, with what was meant and what is valid."""
+    return Fault(where, f"there is no key {path}{meant(path, [*known, *names])}", _options_at(path, known, names))
+
+
+def _choice_fault(group: str, choice: Any, options: tuple[str, ...], text: str) -> list[Fault]:
+    if isinstance(choice, str) and choice in options:
+        return []
+    word = "null" if choice is None else str(choice)
+    return [Fault(text, f"{group} has no choice {word}{meant(word, options)}", f"valid: {', '.join(options)}")]
+
+
+def _type_fault(override: Override, key: Key, text: str) -> list[Fault]:
+    conf = OmegaConf.structured(RootConf)
+    value = override.value()
+    if isinstance(value, str) and "${" in value:
+        return []
+    try:
+        OmegaConf.update(conf, key.path, value)
+    except OmegaConfBaseException as error:
+        if key.options:
+            return [
+                Fault(text, f"{key.path} cannot be {value}{meant(str(value), key.options)}", f"valid: {', '.join(key.options)}")
+            ]
+        problem = str(error).splitlines()[0]
+        return [Fault(text, problem, f"{key.path}: {key.description}{f' ({key.unit})' if key.unit else ''}")]
+    return []
+
+
+def _fault(override: Override, text: str, known: Mapping[str, Key], names: Mapping[str, tuple[str, ...]]) -> list[Fault]:
+    path = override.key_or_group
+    if override.is_delete() or override.package is not None or path.partition(".")[0] == "hydra" or path.startswith("hydra/"):
+        return []
+    if override.is_sweep_override():
+        return [Fault(text, "several values for one key", f"add -m for one run each, or write a list: {path}=[...]")]
+    if path in names:
+        return _choice_fault(path, override.value(), names[path], text)
+    if path in known:
+        return _type_fault(override, known[path], text)
+    if path in sections():
+        inside = ", ".join(name for name in known if name.startswith(f"{path}."))
+        return [Fault(text, f"{path} is a section, not a key", f"valid: {inside}")]
+    return [unknown_key(path, text, known, names)]
+
+
+def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str], frozenset[str], list[Fault]]:
+    """The overrides that can be composed, the keys and groups that they set, and a fault for each of the others."""
+    parser = OverridesParser.create()
+    known = keys()
+    names = {group: tuple(choice.name for choice in choices) for group, choices in groups(conf_dir).items()}
+    good, stated, faults = [], set(), []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except (OverrideParseException, HydraException) as error:
+            reason = str(error).splitlines()[0]
+            remedy = "write key=value; put quotes inside quotes for special letters: 'data.path=\"a b=c.json\"'"
+            faults.append(Fault(text, f"this is no override ({reason})", remedy))
+            continue
+        found = _fault(override, text, known, names)
+        faults.extend(found)
+        if not found:
+            # "+" adds what Hydra does not know yet; every key and group here is known, so it is not needed.
+            good.append(text.lstrip("+") if override.key_or_group in known or override.key_or_group in names else text)
+            stated.add(override.key_or_group)
+    return good, frozenset(stated), faults
+
+
+def composition_fault(error: Exception, conf_dir: Path) -> Fault:
+    """What Hydra found while it composed (mostly in a YAML file), in our words."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    file = re.search(r"In '([^']+)'", text)
+    where = f"{conf_dir.name}/{file[1]}.yaml" if file else "conf"
+    unknown = re.search(r"Key '([^']+)' (?:not in|is not in)", text)
+    if unknown:
+        full = re.search(r"full_key: (\S+)", text)
+        names = groups(conf_dir)
+        return unknown_key(full[1] if full else unknown[1], where, keys(), names)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "object_type" not in line]
+    detail = [line for line in lines if not line.startswith("In '")] or lines
+    return Fault(where, "; ".join(dict.fromkeys(detail))[:400], "python launch/train.py --help lists groups, choices and keys")

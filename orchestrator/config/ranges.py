@@ -1,0 +1,112 @@
+"""What each key may be by itself: a table of rules, and the paths that must exist."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.schema import DataSource, RootConf
+from orchestrator.errors import Fault
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def _at_least(least: float) -> Callable[[Any], bool]:
+    return lambda value: value is None or value >= least
+
+
+def _positive(value: Any) -> bool:
+    return value is None or value > 0
+
+
+RULES: tuple[Rule, ...] = (
+    ("run.steps", _at_least(1), "must be at least 1"),
+    ("run.epochs", _at_least(1), "must be at least 1"),
+    ("seed", lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295"),
+    ("batch.global_size", _at_least(1), "must be at least 1"),
+    ("batch.micro", _at_least(1), "must be at least 1"),
+    ("data.seq_len", _at_least(2), "must be at least 2: a token is predicted from the one before"),
+    ("data.eval_fraction", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    ("tuning.rank", _at_least(1), "must be at least 1"),
+    ("tuning.alpha", _at_least(1), "must be at least 1"),
+    ("tuning.dropout", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    ("optimizer.lr", _positive, "must be above 0"),
+    ("optimizer.eps", _positive, "must be above 0"),
+    ("optimizer.weight_decay", _at_least(0), "must be at least 0"),
+    ("optimizer.clip", _at_least(0), "must be at least 0 (0: no clipping)"),
+    (
+        "optimizer.betas",
+        lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
+        "must be two numbers from 0 to below 1",
+    ),
+    ("schedule.warmup", _at_least(0), "must be at least 0"),
+    (
+        "schedule.warmup",
+        lambda value: value < 1 or float(value).is_integer(),
+        "must be below 1 (a share) or a whole number of steps",
+    ),
+    ("schedule.min_ratio", lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+    ("zero.stage", lambda value: value is None or 0 <= value <= 3, "must be 0, 1, 2 or 3"),
+    ("zero.reduce_bucket", _at_least(1), "must be at least 1 element"),
+    ("zero.allgather_bucket", _at_least(1), "must be at least 1 element"),
+    ("zero.prefetch_bucket", _at_least(0), "must be at least 0 elements"),
+    ("zero.persistence_threshold", _at_least(0), "must be at least 0 elements"),
+    ("zero.max_live_parameters", _at_least(0), "must be at least 0 elements"),
+    ("zero.max_reuse_distance", _at_least(0), "must be at least 0 elements"),
+    ("zero.sub_group_size", _at_least(1), "must be at least 1 element"),
+    ("fsdp.shard_size", _at_least(1), "must be at least 1"),
+    ("checkpoint.every", _at_least(0), "must be at least 0 (0: only at the end)"),
+    ("checkpoint.keep", _at_least(1), "must be at least 1: the run needs its last checkpoint"),
+    ("eval.every", _at_least(0), "must be at least 0 (0: none)"),
+    ("logging.every", _at_least(1), "must be at least 1"),
+    ("model.vocab_size", _positive, "must be above 0"),
+    ("model.hidden_size", _positive, "must be above 0"),
+    ("model.intermediate_size", _positive, "must be above 0"),
+    ("model.num_hidden_layers", _positive, "must be above 0"),
+    ("model.num_attention_heads", _positive, "must be above 0"),
+    ("model.num_key_value_heads", _positive, "must be above 0"),
+    ("model.head_dim", lambda value: value > 0 and value % 2 == 0, "must be above 0 and even: rotary embeddings turn pairs"),
+    ("model.max_position_embeddings", _positive, "must be above 0"),
+    ("model.rope_theta", _positive, "must be above 0"),
+    ("cluster.nodes", _at_least(1), "must be at least 1"),
+    ("cluster.cards_per_node", _at_least(0), "must be at least 0"),
+    ("cluster.host_gib", _at_least(0), "must be at least 0"),
+)
+
+
+def range_faults(conf: RootConf) -> list[Fault]:
+    """A fault for each rule that a value of `conf` breaks."""
+    faults = []
+    for path, allowed, rule in RULES:
+        value = functools.reduce(getattr, path.split("."), conf)
+        if not allowed(value):
+            faults.append(Fault(path, f"{path}={value} {rule}"))
+    return faults
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~"))
+
+
+def path_faults(conf: RootConf) -> list[Fault]:
+    """Faults of the paths that must exist before a run starts, the model's apart."""
+    faults = []
+    data = conf.data
+    if data.path is not None:
+        file = Path(data.path).expanduser()
+        if not file.exists():
+            faults.append(Fault("data.path", f"there is no file {data.path}", "give a .json, .jsonl, .parquet or .arrow file"))
+        elif file.is_dir():
+            faults.append(Fault("data.path", f"{data.path} is a folder", "give one file: .json, .jsonl, .parquet or .arrow"))
+    elif data.source is DataSource.local:
+        remedy = "add data.path=FILE (.json, .jsonl, .parquet or .arrow), or use data=sample"
+        faults.append(Fault("data.path", "data=local needs a file, and none is given", remedy))
+    if data.tokenizer is not None and _looks_local(data.tokenizer) and not Path(data.tokenizer).expanduser().exists():
+        remedy = "give a folder that holds tokenizer.json, or a hub id"
+        faults.append(Fault("data.tokenizer", f"there is no folder {data.tokenizer}", remedy))
+    if conf.resume not in ("none", "auto") and not Path(conf.resume).expanduser().exists():
+        problem = f"{conf.resume!r} is neither none nor auto, and there is no such path"
+        faults.append(Fault("resume", problem, "use resume=none, resume=auto, or the folder of a run or checkpoint"))
+    return faults

@@ -1,0 +1,292 @@
+"""The schema of every config key: type, default, unit and description, standing at the field.
+
+These dataclasses are mutable because Hydra merges group files and overrides into them; `compose` turns them into the
+frozen `RunSpec`. YAML files hold choices only.
+"""
+
+# ruff: noqa: RUF009 - `key` is dataclasses.field with a description
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+def key(default: Any, description: str, unit: str = "") -> Any:
+    """A dataclass field with its description and unit; a list default is copied for every instance."""
+    metadata = {"help": description, "unit": unit}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# Hydra matches enum members by their names, so name and value are the same word.
+class FsdpKind(Enum):
+    none = "none"
+    full_shard = "full_shard"
+    shard_grad_op = "shard_grad_op"
+    hybrid_shard = "hybrid_shard"
+
+
+class TuningKind(Enum):
+    full = "full"
+    lora = "lora"
+
+
+class DataSource(Enum):
+    sample = "sample"
+    local = "local"
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    alpaca = "alpaca"
+    messages = "messages"
+
+
+class OnMalformed(Enum):
+    refuse = "refuse"
+    skip = "skip"
+
+
+class OnLong(Enum):
+    truncate = "truncate"
+    drop = "drop"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+
+
+class ScheduleKind(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class RecomputeKind(Enum):
+    none = "none"
+    full = "full"
+
+
+class Compute(Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class ExportFormat(Enum):
+    none = "none"
+    hf = "hf"
+
+
+class Tracker(Enum):
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+class OnMisfit(Enum):
+    refuse = "refuse"
+    warn = "warn"
+    ignore = "ignore"
+
+
+@dataclass
+class RunConf:
+    dir: str | None = key(None, "folder of the run; null: a fresh one under runs/, named after the run")
+    steps: int | None = key(None, "optimizer steps; null: as many as run.epochs takes", "steps")
+    epochs: int = key(1, "passes over the training data, where run.steps is null", "passes")
+
+
+@dataclass
+class ZeroConf:
+    stage: int | None = key(None, "ZeRO stage 0 to 3; null: no DeepSpeed (set by the group)")
+    reduce_bucket: int | None = key(None, "bucket of gradient reduction; null: 50 M or the whole model if smaller", "elements")
+    allgather_bucket: int | None = key(None, "bucket of weight gathering, stages 1 and 2; null: as reduce_bucket", "elements")
+    prefetch_bucket: int | None = key(None, "weights fetched ahead, stage 3; null: as reduce_bucket", "elements")
+    persistence_threshold: int | None = key(
+        None, "smaller tensors stay whole on every rank, stage 3; null: 10 x hidden size, at most 100,000", "elements"
+    )
+    max_live_parameters: int = key(1_000_000_000, "gathered weights allowed on a card at once, stage 3", "elements")
+    max_reuse_distance: int = key(1_000_000_000, "weights used again within this distance stay gathered, stage 3", "elements")
+    sub_group_size: int = key(1_000_000_000, "weights updated at once, stage 3", "elements")
+    overlap_comm: bool = key(True, "reduce gradients while backward runs; a second bucket of memory")
+
+
+@dataclass
+class OffloadConf:
+    optimizer: bool = key(False, "optimizer states rest in host memory (set by the group)")
+    parameters: bool = key(False, "weights rest in host memory (set by the group)")
+    pin_memory: bool | None = key(None, "page-lock what is offloaded; null: yes on cards, no on a CPU-only machine")
+
+
+@dataclass
+class FsdpConf:
+    kind: FsdpKind = key(FsdpKind.none, "which FSDP2 sharding (set by the group)")
+    shard_size: int | None = key(
+        None, "ranks of one shard group of hybrid_shard; null: cards per node, on one node half of the ranks", "ranks"
+    )
+
+
+@dataclass
+class TuningConf:
+    kind: TuningKind = key(TuningKind.full, "full or lora (set by the group)")
+    rank: int = key(16, "LoRA: inner size of the adapters")
+    alpha: int = key(32, "LoRA: adapters are scaled by alpha / rank")
+    dropout: float = key(0.0, "LoRA: share of the adapters' inputs dropped")
+    targets: Any = key(
+        ["all-linear"], "LoRA: linear layers that get adapters, e.g. [q_proj,v_proj]; all-linear: all of a block"
+    )
+
+
+@dataclass
+class ModelConf:
+    name: str = key("", "short name for folders and tables (set by the group)")
+    hub_id: str | None = key(None, "where the group's weights are published (set by the group)")
+    path: str | None = key(None, "local folder or hub id; random: no weights, from seed; null: the group's hub_id")
+    trust_remote_code: bool = key(False, "run Python code that the model folder brings along")
+    model_type: str = key("", "family, as in config.json")
+    vocab_size: int = key(0, "rows of the embedding", "tokens")
+    hidden_size: int = key(0, "width of the residual stream")
+    intermediate_size: int = key(0, "inner width of the MLP")
+    num_hidden_layers: int = key(0, "transformer blocks")
+    num_attention_heads: int = key(0, "query heads")
+    num_key_value_heads: int = key(0, "key and value heads; divides the query heads")
+    head_dim: int = key(0, "width of one head")
+    max_position_embeddings: int = key(0, "longest sequence the model was made for", "tokens")
+    tie_word_embeddings: bool = key(False, "whether the head shares the embedding")
+    rms_norm_eps: float = key(1e-6, "added to the mean square in every norm")
+    rope_theta: float = key(10_000.0, "base of the rotary frequencies")
+    attention_bias: bool = key(False, "whether q, k, v and o have biases (qwen2 always biases q, k, v)")
+
+
+@dataclass
+class BatchConf:
+    global_size: int = key(16, "samples in one optimizer step, over all ranks", "samples")
+    micro: int | None = key(
+        None, "samples in one forward on one rank; null: the largest divisor of global_size / ranks up to 8 for tiny, else 1", "samples"
+    )  # fmt: skip
+
+
+@dataclass
+class DataConf:
+    source: DataSource = key(DataSource.sample, "built-in sample or own file (set by the group; data.path wins)")
+    path: str | None = key(None, "your data file: .json, .jsonl, .parquet or .arrow")
+    seq_len: int | None = key(
+        None, "longest sample; null: 256 for the built-in sample, else 2048 or the model's limit if smaller", "tokens"
+    )
+    format: DataFormat = key(DataFormat.auto, "layout of a row; auto: seen from its fields")
+    tokenizer: str | None = key(None, "folder or hub id of a tokenizer; null: the model's own, else the built-in one")
+    chat_template: str | None = key(None, "chatml, alpaca or a Jinja file; null: the tokenizer's own")
+    eval_fraction: float = key(0.0, "share of the samples held out for eval, chosen by seed")
+    on_malformed: OnMalformed = key(OnMalformed.refuse, "what to do with rows that lack fields")
+    on_long: OnLong = key(OnLong.truncate, "what to do with samples longer than seq_len")
+    cache_dir: str | None = key(None, "folder for tokenised data; null: the user's cache folder")
+
+
+@dataclass
+class OptimizerConf:
+    name: OptimizerName = key(OptimizerName.adamw, "which optimizer (set by the group)")
+    lr: float | None = key(None, "peak learning rate; null: 2e-5 for full, 2e-4 for lora, 3e-3 for the tiny model")
+    betas: list[float] = key([0.9, 0.999], "decay of the first and second moment")
+    eps: float = key(1e-8, "added to the root of the second moment")
+    weight_decay: float = key(0.0, "decoupled decay of each weight, times the rate")
+    clip: float = key(1.0, "largest norm of the global gradient; 0: no clipping")
+
+
+@dataclass
+class ScheduleConf:
+    kind: ScheduleKind = key(ScheduleKind.cosine, "shape after the warm-up (set by the group)")
+    warmup: float = key(0.03, "below 1 a share of all steps, else a number of steps")
+    min_ratio: float = key(0.0, "rate at the end as a share of the peak")
+
+
+@dataclass
+class RecomputeConf:
+    kind: RecomputeKind = key(RecomputeKind.none, "activations kept or computed again (set by the group)")
+
+
+@dataclass
+class PrecisionConf:
+    compute: Compute = key(Compute.auto, "number format of forward and backward (set by the group)")
+
+
+@dataclass
+class CardConf:
+    name: str = key("", "short name of the card")
+    nvml: list[str] = key([], "names that the driver gives it")
+    memory_mib: int = key(0, "memory that the driver shows", "MiB")
+    half_tflops: float = key(0.0, "peak of dense bf16 (fp16 where there is no bf16)", "TFLOP/s")
+    memory_gb_per_s: float = key(0.0, "peak memory bandwidth", "GB/s")
+    link_gb_per_s: float = key(0.0, "peak link to its neighbours, one way", "GB/s")
+    bf16: bool = key(True, "whether it computes in bf16")
+    source: str = key("", "where these numbers come from")
+
+
+@dataclass
+class ClusterConf:
+    name: str = key("local", "name of the cluster; local: the machine at hand (set by the group)")
+    nodes: int = key(1, "machines")
+    cards_per_node: int = key(0, "cards in one machine; 0 with cluster=local: as found")
+    host_gib: float = key(0.0, "memory of one machine; 0: not stated", "GiB")
+    card: CardConf = field(default_factory=CardConf)
+
+
+@dataclass
+class CheckpointConf:
+    every: int = key(0, "steps between checkpoints; 0: only at the end", "steps")
+    keep: int = key(2, "newest checkpoints that stay")
+
+
+@dataclass
+class EvalConf:
+    every: int = key(0, "steps between evaluations; 0: none; needs data.eval_fraction", "steps")
+
+
+@dataclass
+class ExportConf:
+    format: ExportFormat = key(ExportFormat.hf, "hf: a folder that transformers or PEFT loads; none: no export")
+    merge: bool = key(False, "LoRA: also write the model with the adapters folded in")
+
+
+@dataclass
+class LoggingConf:
+    every: int = key(10, "steps between printed lines and memory rows", "steps")
+
+
+@dataclass
+class LoggerConf:
+    tracker: Tracker = key(Tracker.none, "where metrics also go (set by the group)")
+
+
+@dataclass
+class PlanConf:
+    on_misfit: OnMisfit = key(OnMisfit.refuse, "what to do when the run is not expected to fit")
+
+
+@dataclass
+class RootConf:
+    run: RunConf = field(default_factory=RunConf)
+    seed: int = key(0, "decides sample order, random weights, dropout and the held-out split")
+    resume: str = key("none", "none, auto (the newest checkpoint of run.dir) or the path of a checkpoint or run")
+    model: ModelConf = field(default_factory=ModelConf)
+    tuning: TuningConf = field(default_factory=TuningConf)
+    data: DataConf = field(default_factory=DataConf)
+    batch: BatchConf = field(default_factory=BatchConf)
+    optimizer: OptimizerConf = field(default_factory=OptimizerConf)
+    schedule: ScheduleConf = field(default_factory=ScheduleConf)
+    zero: ZeroConf = field(default_factory=ZeroConf)
+    fsdp: FsdpConf = field(default_factory=FsdpConf)
+    offload: OffloadConf = field(default_factory=OffloadConf)
+    recompute: RecomputeConf = field(default_factory=RecomputeConf)
+    precision: PrecisionConf = field(default_factory=PrecisionConf)
+    cluster: ClusterConf = field(default_factory=ClusterConf)
+    checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
+    eval: EvalConf = field(default_factory=EvalConf)
+    export: ExportConf = field(default_factory=ExportConf)
+    logging: LoggingConf = field(default_factory=LoggingConf)
+    logger: LoggerConf = field(default_factory=LoggerConf)
+    plan: PlanConf = field(default_factory=PlanConf)
