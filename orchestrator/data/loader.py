@@ -1,0 +1,130 @@
+"""Steps of training and passes of evaluation, as the batches of one rank."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+
+from orchestrator.data.batch import IGNORED, MicroBatch, StepBatch
+from orchestrator.data.order import check_batch, deal, global_batches
+from orchestrator.data.prepared import Counts, Prepared
+from orchestrator.errors import DataError, Fault
+from orchestrator.spec import Batch
+from orchestrator.units import ceil_div
+
+T = TypeVar("T")
+
+PREFETCHED_STEPS = 2
+"""Steps that are made ready ahead of the one being trained."""
+
+FILLER_LENGTH = 2
+"""Length of a micro-batch that holds no sample: the shortest in which one position predicts another."""
+
+
+def steps(
+    prepared: Prepared,
+    batch: Batch,
+    *,
+    seed: int,
+    rank: int,
+    ranks: int,
+    pad_id: int,
+    start_step: int = 0,
+    total_steps: int,
+    split: str = "train",
+) -> Iterator[StepBatch]:
+    """The steps `start_step` … `total_steps` - 1 of `rank` (of `ranks` data-parallel ones), made ready in the background.
+
+    Each has `batch.accumulation` micro-batches of exactly `batch.micro` rows; the last step of an epoch is filled up with
+    rows that learn nothing. All micro-batches of all ranks together are the same samples for any number of ranks and any
+    accumulation. `StepBatch.step` counts from 0.
+
+    Raises:
+        ConfigError: the sizes of the batch do not agree.
+        DataError: a global batch has no learned token.
+    """
+    check_batch(batch, rank, ranks)
+    indices = prepared.train if split == "train" else prepared.eval
+
+    def made() -> Iterator[StepBatch]:
+        numbered = global_batches(indices, batch.global_size, seed=seed, start_step=start_step, total_steps=total_steps)
+        for step, epoch, samples in numbered:
+            labelled = int(prepared.labelled[samples].sum())
+            if not labelled:
+                raise _nothing_to_learn(step, samples)
+            groups = deal(
+                samples, prepared.lengths, micro=batch.micro, rank=rank, ranks=ranks, micro_batches=batch.accumulation
+            )
+            micro_batches = tuple(collate(prepared, group, batch.micro, pad_id) for group in groups)
+            yield StepBatch(step, epoch, micro_batches, labelled, int(prepared.lengths[samples].sum()))
+
+    return _ahead(made(), PREFETCHED_STEPS)
+
+
+def eval_batches(prepared: Prepared, micro: int, rank: int, ranks: int, pad_id: int) -> Iterator[MicroBatch]:
+    """The held-out samples that fall to `rank`, each on one rank only.
+
+    Every rank gets the same number of micro-batches of exactly `micro` rows, so that none waits for another; rows that
+    learn nothing fill them up. Divide the sum of all losses by `prepared.eval_labelled`.
+    """
+    count = ceil_div(ceil_div(len(prepared.eval), micro), ranks)
+    for group in deal(prepared.eval, prepared.lengths, micro=micro, rank=rank, ranks=ranks, micro_batches=count):
+        yield collate(prepared, group, micro, pad_id)
+
+
+def collate(prepared: Prepared, samples: Counts, micro: int, pad_id: int) -> MicroBatch:
+    """`samples` (at most `micro`) as rows padded on the right to the longest, then rows that only fill up."""
+    width = int(prepared.lengths[samples].max()) if len(samples) else FILLER_LENGTH
+    input_ids = np.full((micro, width), pad_id, dtype=np.int64)
+    labels = np.full((micro, width), IGNORED, dtype=np.int64)
+    attention_mask = np.ones((micro, width), dtype=np.int64)
+    for row, sample in enumerate(samples):
+        length = int(prepared.lengths[sample])
+        input_ids[row, :length] = prepared.input_ids[sample]
+        labels[row, :length] = prepared.labels[sample]
+        attention_mask[row, length:] = 0
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(labels))
+
+
+def _nothing_to_learn(step: int, samples: Counts) -> DataError:
+    listed = ", ".join(str(sample) for sample in samples[:8]) + (", ..." if len(samples) > 8 else "")
+    problem = f"none of the {len(samples)} samples of step {step} (samples {listed}) has a learned token"
+    return DataError(Fault("data", problem, "raise data.seq_len or batch.global_size, or mend those samples"))
+
+
+def _ahead(source: Iterator[T], depth: int) -> Iterator[T]:
+    """The items of `source` in order, up to `depth` of them made ready by a thread; what it raises is raised here.
+
+    The thread ends with the iteration, also when that is broken off.
+    """
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    free, closed = threading.Semaphore(depth), threading.Event()
+
+    def fill() -> None:
+        while free.acquire() and not closed.is_set():
+            try:
+                ready.put((next(source), None))
+            except BaseException as error:  # StopIteration too: it travels to the reader, which ends or raises
+                ready.put((None, error))
+                return
+
+    thread = threading.Thread(target=fill, name="data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            free.release()
+            yield cast(T, item)
+    finally:
+        closed.set()
+        free.release()
+        thread.join()
