@@ -1,0 +1,158 @@
+"""This process among its peers: rank, device, and the small messages that ranks exchange about the run itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.errors import ConfigError, Fault, OrchestratorError
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+CONTROL_TIMEOUT = timedelta(hours=4)
+"""Ranks wait this long for rank 0 to tokenise, to save or to export; a peer that dies is noticed at once all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Rank `rank` of `size`, and `local_rank` of the `local_size` on this machine. `control` carries messages over gloo."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: Any
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        dist.barrier(group=self.control)
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, in rank order, on every rank. Values must be plain data."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def tell(self, value: T) -> T:
+        """Rank 0's `value`, on every rank. Values must be plain data or frozen specs."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank.
+
+        Raises:
+            OrchestratorError: `work` raised it on rank 0; every rank raises an equal one.
+            RuntimeError: `work` failed otherwise; rank 0 raises the original.
+        """
+        outcome: tuple[str, Any] = ("", None)
+        failure: Exception | None = None
+        if self.first:
+            try:
+                outcome = ("done", work())
+            except OrchestratorError as error:
+                failure, outcome = error, ("refused", (type(error), error.faults))
+            except Exception as error:  # noqa: BLE001  told to the peers, then raised again below
+                failure, outcome = error, ("failed", f"{type(error).__name__}: {error}")
+        kind, value = self.tell(outcome)
+        if failure is not None:
+            raise failure
+        if kind == "refused":
+            error_class, faults = value
+            raise error_class(faults)
+        if kind == "failed":
+            raise PeerFailure(f"rank 0 failed: {value}")
+        return value  # type: ignore[no-any-return]
+
+    def agree(self, failure: str | None) -> list[str]:
+        """The failures of all ranks, prefixed with their rank, on every rank; empty when every rank gave None."""
+        return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(failure)) if text is not None]
+
+
+class PeerFailure(RuntimeError):
+    """Another rank failed and reports the cause itself."""
+
+
+def ranks_from_environment() -> tuple[int, int]:
+    """(ranks in all, ranks on this machine) as the launcher states them; (1, 1) under bare python."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return size, min(size, int(local)) if "WORLD_SIZE" in os.environ else 1
+
+
+def _fill_environment() -> None:
+    """State a world of one for libraries that read the variables themselves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (
+        ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
+def _device(local_rank: int, card: str) -> torch.device:
+    if card == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    cards = torch.cuda.device_count()
+    if local_rank >= cards:
+        raise ConfigError(
+            Fault("ranks", f"local rank {local_rank} needs a card of its own, but this machine has {cards}",
+                  f"start at most {cards} ranks on this machine (--num_gpus {cards}, --nproc-per-node={cards})")
+        )  # fmt: skip
+    return torch.device("cuda", local_rank)
+
+
+def _share_cores(local_size: int) -> None:
+    """Give each rank of this machine its share of the cores. A person's OMP_NUM_THREADS stands; torchrun's own 1 does not."""
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_size))
+
+
+def join(card: str = "") -> World:
+    """Join the process group that the launcher's environment describes; a world of one where there is none.
+
+    `card` "cpu" keeps a machine's cards out of it. CPU tensors travel over gloo also where cards use NCCL, since offloaded
+    states need both. DeepSpeed finds this group and makes none of its own.
+
+    Raises:
+        ConfigError: more ranks on this machine than it has cards.
+    """
+    alone = "WORLD_SIZE" not in os.environ
+    if alone:
+        _fill_environment()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), ranks_from_environment()[1]
+    device = _device(local_rank, card)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(local_size)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if alone else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return World(rank, size, local_rank, local_size, device, control)
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
