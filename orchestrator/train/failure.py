@@ -1,0 +1,150 @@
+"""How a rank that fails says so: once, last on the screen, with a code that ends the whole run.
+
+Three launchers, three ways. Bare python: the error goes to stderr. torchrun: it also goes to $TORCHELASTIC_ERROR_FILE, which
+torchrun's closing summary quotes (torch/distributed/elastic/multiprocessing/errors). deepspeed: its launcher prints lines of
+its own after the rank's death, so a detached process holds the error back until the launcher has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.train.world import PeerFailure
+
+LOG = logging.getLogger("orchestrator")
+
+PEER_PATIENCE = 10.0
+"""Seconds that a rank whose peer has died waits to be ended by the launcher, before it speaks for itself."""
+
+FIRST_SPEAKS = 3.0
+"""Seconds for which the other ranks leave an error of the user's input to rank 0, whose error is most likely the same."""
+
+LAUNCHER_PATIENCE = 120.0
+
+_BROKEN_LINE = (
+    "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "gloo/transport", "pair.cc",
+    "nccl", "store is not available", "tcpstore", "socket closed", "timed out waiting",
+)  # fmt: skip
+
+
+def is_peers_fault(error: BaseException) -> bool:
+    """Whether `error` only says that another rank has gone: a collective that broke."""
+    if isinstance(error, PeerFailure):
+        return True
+    text = f"{type(error).__name__}: {error}".lower()
+    network = isinstance(error, (RuntimeError, ConnectionError)) and not isinstance(error, OrchestratorError)
+    return network and any(sign in text for sign in _BROKEN_LINE)
+
+
+def describe(error: BaseException, rank: int, size: int, log: Path | None) -> str:
+    """The text for the screen: the report of an error that a user can mend, else where it happened and what it says."""
+    if isinstance(error, OrchestratorError):
+        return error.report()
+    who = f"rank {rank}: " if size > 1 else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = f"{who}{type(error).__name__}: {error}".rstrip(": ")
+    if log is None or not log.exists():
+        return "".join(traceback.format_exception(error)).rstrip() + (f"\n{text}" if who else "")
+    place = f"  at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}\n" if frames else ""
+    return f"{place}  the whole traceback is in {log}\n{text}"
+
+
+def _write_elastic_file(text: str) -> None:
+    """Leave `text` where torchrun looks for the reason of a failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    try:
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+    except OSError as error:
+        LOG.warning("torchrun's error file %s cannot be written: %s", path, error)
+
+
+def _launched_by_deepspeed(parent: int) -> bool:
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"deepspeed.launcher.launch" in command or b"deepspeed/launcher/launch.py" in command
+
+
+def print_after(parent: int, text: str) -> bool:
+    """Whether a detached process was left behind that prints `text` to stderr when the process `parent` has ended."""
+    try:
+        watched = os.pidfd_open(parent)
+    except (OSError, AttributeError):
+        return False
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        os.close(watched)
+        return True
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    select.select([watched], [], [], LAUNCHER_PATIENCE)
+    os.write(2, f"\n{text}\n".encode())
+    os._exit(0)
+
+
+def _speak(text: str) -> None:
+    _write_elastic_file(text)
+    sys.stdout.flush()
+    parent = os.getppid()
+    if not (_launched_by_deepspeed(parent) and print_after(parent, text)):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _wait_to_be_ended(seconds: float) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+def report(error: BaseException, log: Path | None) -> int:
+    """The exit code for `error`, after it was told to the log and the screen as this rank's part in the run allows."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    peers_fault = size > 1 and is_peers_fault(error)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if isinstance(error, OrchestratorError):
+        LOG.error("%s", error.report())
+    elif peers_fault:
+        LOG.warning("a collective broke because another rank has gone: %s", str(error).splitlines()[0])
+    else:
+        LOG.error("%s: %s", type(error).__name__, error, exc_info=error)
+    if peers_fault:
+        _wait_to_be_ended(PEER_PATIENCE)
+    elif rank and isinstance(error, OrchestratorError):
+        _wait_to_be_ended(FIRST_SPEAKS)
+    _speak(describe(error, rank, size, log))
+    return error.exit_code if isinstance(error, OrchestratorError) else 1
+
+
+def guarded(work: Callable[[], int], log: Callable[[], Path | None]) -> int:
+    """What `work` returns. An error that it raises is reported and ends the process with the code of the error.
+
+    `log` tells where the run's log is, once there is one. The process ends at once after an error, without destructors: a
+    process group that has lost a member would wait for it there.
+    """
+    try:
+        return work()
+    except BaseException as error:  # noqa: BLE001  the last stop: everything is reported, nothing passes
+        code = report(error, log())
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(code)
