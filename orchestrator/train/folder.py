@@ -1,0 +1,171 @@
+"""The run folder: where it is, what lies in it, and that nothing in it is ever written over."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import CheckpointError, ConfigError, Fault
+from orchestrator.spec import RunSpec, to_json
+
+ROOT = Path("runs")
+_STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run. `path` need not exist yet."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def strategy(self) -> Path:
+        return self.path / "strategy.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def has_run(self) -> bool:
+        """Whether a run has left results here. A start that failed before its first step has not."""
+        stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return stepped or self.export.exists() or bool(saved_steps(self.checkpoints))
+
+    def newest_checkpoint(self) -> Path | None:
+        steps = saved_steps(self.checkpoints)
+        return steps[-1] if steps else None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The folder of this run, and the checkpoint that it starts from (None: from the beginning)."""
+
+    folder: RunFolder
+    checkpoint: Path | None
+
+
+def saved_steps(checkpoints: Path) -> list[Path]:
+    """The complete checkpoints under `checkpoints`, oldest step first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / "checkpoint.json").exists()]
+
+
+def checkpoint_at(path: Path, field: str = "resume") -> Path:
+    """The checkpoint that `path` means: itself, or the newest of the run folder `path`.
+
+    Raises:
+        CheckpointError: `path` is neither a checkpoint nor a run folder with one.
+    """
+    if (path / "checkpoint.json").is_file():
+        return path
+    if not path.is_dir():
+        problem = f"{path} is a file, not a run folder" if path.exists() else f"there is no folder {path}"
+        raise CheckpointError(Fault(field, problem, "give a run folder (runs/demo) or a checkpoint in it (runs/demo/checkpoints/…)"))
+    newest = RunFolder(path).newest_checkpoint()
+    if newest is None:
+        run = RunFolder(path).spec.exists()
+        problem = f"{path} is a run that has not saved a checkpoint" if run else f"{path} is neither a run folder nor a checkpoint"
+        remedy = "start it from the beginning with resume=none" if run else "give the folder that holds spec.json and checkpoints/"
+        raise CheckpointError(Fault(field, problem, remedy))
+    return newest
+
+
+def _name(spec: RunSpec) -> str:
+    return f"{spec.model.name}-{spec.tuning.kind}-{spec.strategy.label}"
+
+
+def _siblings(root: Path, name: str) -> list[RunFolder]:
+    """Runs named `name`, `name`-2, … under `root`, the most recently written last."""
+    pattern = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [RunFolder(path) for path in root.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda folder: max(p.stat().st_mtime for p in (folder.path, *folder.path.glob("*"))))
+
+
+def _fresh(root: Path, name: str) -> RunFolder:
+    path, number = root / name, 1
+    while path.exists():
+        number += 1
+        path = root / f"{name}-{number}"
+    return RunFolder(path)
+
+
+def choose(spec: RunSpec, root: Path = ROOT) -> Choice:
+    """Where this run writes and what it resumes from. Called by rank 0 alone; makes no folder.
+
+    Raises:
+        ConfigError: `run.dir` already holds a run and resume is "none".
+        CheckpointError: `resume` names a folder without a checkpoint.
+    """
+    if spec.run.dir is not None:
+        folder = RunFolder(Path(spec.run.dir))
+        if folder.path.exists() and not folder.path.is_dir():
+            raise ConfigError(Fault("run.dir", f"{folder.path} is a file", "name a folder"))
+        same = spec.resume not in ("none", "auto") and checkpoint_at(Path(spec.resume)).resolve().is_relative_to(folder.path.resolve())
+        if folder.has_run() and spec.resume != "auto" and not same:
+            raise ConfigError(
+                Fault("run.dir", f"{folder.path} already holds a run, and nothing is written over",
+                      "continue it with resume=auto, or name another run.dir")
+            )  # fmt: skip
+        if spec.resume == "none":
+            return Choice(folder, None)
+        return Choice(folder, folder.newest_checkpoint() if spec.resume == "auto" else checkpoint_at(Path(spec.resume)))
+    if spec.resume == "auto":
+        earlier = [folder for folder in _siblings(root, _name(spec)) if folder.newest_checkpoint()]
+        if earlier:
+            return Choice(earlier[-1], earlier[-1].newest_checkpoint())
+    checkpoint = checkpoint_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else None
+    return Choice(_fresh(root, _name(spec)), checkpoint)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def open_folder(folder: RunFolder, spec: RunSpec, strategy: dict[str, Any], resumed_at: int | None) -> None:
+    """Make the folder and write the resolved spec and the lowered strategy into it.
+
+    The files of the run that is continued are kept as `spec.before-000050.json`, where 50 is the step it continues after.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    try:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        for path, data in ((folder.spec, to_json(spec)), (folder.strategy, strategy)):
+            if path.exists() and resumed_at is not None and json.loads(path.read_text(encoding="utf-8")) != data:
+                os.replace(path, path.with_name(f"{path.stem}.before-{resumed_at:06d}.json"))
+            write_json(path, data)
+    except OSError as error:
+        raise ConfigError(Fault("run.dir", f"{folder.path} cannot be written: {error.strerror}", "name another run.dir")) from None
