@@ -1,0 +1,226 @@
+"""Saving: a checkpoint that any strategy on any number of ranks can resume.
+
+    step-000050/
+        checkpoint.json               step, epoch, seed, ranks, digests, tuning, scalars: written last, by rank 0
+        rank-00000.json               where every piece of rank 0 lies: tensor, kind, start, length, file
+        rank-00000-0000.safetensors   the pieces, one-dimensional, under the key "name|kind|start"
+        rank-00000.rng.safetensors    the random states of rank 0
+
+The folder is written under a temporary name and renamed when every rank has flushed it to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from orchestrator.engine.protocol import Piece
+from orchestrator.errors import CheckpointError, Fault
+from orchestrator.train.folder import saved_steps
+from orchestrator.train.world import World
+from orchestrator.units import GIB, MIB, format_bytes
+
+FORMAT = 1
+CHUNK_BYTES = GIB
+"""Pieces are gathered in host memory up to this size and then written: the price of a save in RAM, per rank."""
+
+SPARE_BYTES = 4 * MIB
+"""Room for indexes and headers on top of the tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What a checkpoint says about the run besides tensors. `about` is the identity that a resume compares."""
+
+    step: int
+    epoch: int
+    seed: int
+    spec_digest: str
+    about: Mapping[str, Any]
+
+
+def key_of(name: str, kind: str, start: int) -> str:
+    return f"{name}|{kind}|{start}"
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _PieceWriter:
+    """Writes the pieces of one rank in files of about CHUNK_BYTES, and their index."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._stem = folder, f"rank-{rank:05d}"
+        self._chunk: dict[str, torch.Tensor] = {}
+        self._chunk_bytes, self._files = 0, 0
+        self._index: list[dict[str, Any]] = []
+        self._shapes: dict[str, list[int]] = {}
+        self.bytes = 0
+
+    def add(self, piece: Piece) -> None:
+        data = piece.data.detach().reshape(-1).to("cpu").contiguous()
+        if data.data_ptr() == piece.data.data_ptr() and data.untyped_storage().nbytes() > data.nbytes:
+            data = data.clone()  # safetensors refuses two views of one storage
+        size = data.nbytes
+        if self._chunk and self._chunk_bytes + size > CHUNK_BYTES:
+            self._write_chunk()
+        self._chunk[key_of(piece.name, piece.kind, piece.start)] = data
+        self._shapes[piece.name] = list(piece.shape)
+        self._index.append(
+            {"name": piece.name, "kind": piece.kind, "start": piece.start, "length": data.numel(), "file": self._file_name()}
+        )
+        self._chunk_bytes += size
+        self.bytes += size
+
+    def _file_name(self) -> str:
+        return f"{self._stem}-{self._files:04d}.safetensors"
+
+    def _write_chunk(self) -> None:
+        path = self._folder / self._file_name()
+        save_file(self._chunk, path)
+        _sync(path)
+        self._chunk, self._chunk_bytes, self._files = {}, 0, self._files + 1
+
+    def finish(self, device: torch.device) -> None:
+        if self._chunk:
+            self._write_chunk()
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        states = self._folder / f"{self._stem}.rng.safetensors"
+        save_file(random, states)
+        index = self._folder / f"{self._stem}.json"
+        index.write_text(json.dumps({"shapes": self._shapes, "pieces": self._index}), encoding="utf-8")
+        _sync(states)
+        _sync(index)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0]
+
+
+def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> CheckpointError:
+    free = shutil.disk_usage(checkpoints).free
+    older = saved_steps(checkpoints)
+    keeps = f"the newest checkpoint, {older[-1].name}, is whole" if older else "no earlier checkpoint was there to lose"
+    problem = (
+        f"step {step} was not saved under {checkpoints}: {'; '.join(failures[:3])}. It needs {format_bytes(needed)} "
+        f"and {format_bytes(free)} are free; {keeps}"
+    )
+    short = max(needed - free, 0)
+    remedy = f"free {format_bytes(short)} there" if short else "free space there or check the disk"
+    if len(older) > 1:
+        remedy += f" (for example the older {older[0].name}), lower checkpoint.keep,"
+    return CheckpointError(Fault("checkpoint", problem, f"{remedy} or move run.dir to a larger disk, then resume=auto"))
+
+
+def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple[int, str | None]:
+    """(bytes of tensors, failure or None) of this rank. The pieces are always taken to the end: peers may be exchanging them."""
+    writer, failure = _PieceWriter(temporary, world.rank), None
+    for piece in pieces:
+        if not piece.owned or failure is not None:
+            continue
+        try:
+            writer.add(piece)
+        except (OSError, SafetensorError) as error:
+            failure = _describe(error)
+    if failure is None:
+        try:
+            writer.finish(world.device)
+        except (OSError, SafetensorError) as error:
+            failure = _describe(error)
+    return writer.bytes, failure
+
+
+def _open_temporary(checkpoints: Path, step: int, needed: int) -> tuple[Path, str | None]:
+    """(an empty temporary folder, failure or None). What earlier crashes left is removed first."""
+    temporary = checkpoints / f".tmp-step-{step:06d}"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for stale in checkpoints.glob(".tmp-step-*"):
+            shutil.rmtree(stale)
+        if shutil.disk_usage(checkpoints).free < needed:
+            return temporary, "No space left on device"
+        temporary.mkdir()
+    except OSError as error:
+        return temporary, _describe(error)
+    return temporary, None
+
+
+def _publish(temporary: Path, final: Path, document: dict[str, Any], keep: int) -> str | None:
+    """The failure, or None: writes checkpoint.json, gives the folder its name, and drops all but the `keep` newest."""
+    try:
+        about = temporary / "checkpoint.json"
+        about.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        _sync(about)
+        _sync(temporary)
+        replaced = final.with_name(f".tmp-{final.name}.replaced")
+        if final.exists():  # the same step again, after a resume
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in saved_steps(final.parent)[: -max(keep, 1)]:
+            shutil.rmtree(old)
+    except OSError as error:
+        return _describe(error)
+    return None
+
+
+def save(
+    checkpoints: Path,
+    moment: Moment,
+    pieces: Iterator[Piece],
+    scalars: Mapping[str, float],
+    world: World,
+    *,
+    keep: int,
+    expected_bytes: int,
+) -> tuple[Path, int]:
+    """(the new checkpoint, bytes of its tensors over all ranks). Every rank calls it; every rank gets the same answer.
+
+    `expected_bytes` is what all ranks together are expected to write: less free space is refused before anything is written.
+
+    Raises:
+        CheckpointError: any rank could not write; the temporary folder is gone and earlier checkpoints are whole.
+    """
+    needed = expected_bytes + SPARE_BYTES
+    temporary, failure = world.tell(_open_temporary(checkpoints, moment.step, needed) if world.first else None) or (Path(), None)
+    failures = [f"rank 0: {failure}"] if failure else []
+    written = 0
+    if not failures:
+        own, failure = _write_rank(temporary, pieces, world)
+        failures = world.agree(failure)
+        written = sum(world.gather(own))
+    if not failures:
+        document = {
+            "format": FORMAT, "step": moment.step, "epoch": moment.epoch, "seed": moment.seed, "ranks": world.size,
+            "spec_digest": moment.spec_digest, "about": dict(moment.about), "scalars": dict(scalars), "bytes": written,
+        }  # fmt: skip
+        final = checkpoints / f"step-{moment.step:06d}"
+        failure = world.tell(_publish(temporary, final, document, keep) if world.first else None)
+        if failure is None:
+            return final, written
+        failures = [f"rank 0: {failure}"]
+    refused = _no_room(checkpoints, moment.step, max(needed, written), failures) if world.first else None
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    faults = world.tell(refused.faults if refused else ())
+    raise CheckpointError(faults)

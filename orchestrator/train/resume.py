@@ -1,0 +1,156 @@
+"""Resuming: any run of any saved tensor, whoever wrote it, whatever the number of ranks was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from orchestrator.engine.protocol import Piece
+from orchestrator.errors import CheckpointError, Fault
+from orchestrator.train.checkpoint import FORMAT, key_of
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    start: int
+    stop: int
+    file: str
+    key: str
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        problem = f"{path} is not a checkpoint: its checkpoint.json cannot be read ({error})"
+        raise CheckpointError(Fault("resume", problem, "name another checkpoint of the run")) from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        problem = f"{path} has format {document.get('format') if isinstance(document, dict) else '?'}, this version reads {FORMAT}"
+        raise CheckpointError(Fault("resume", problem, "resume it with the version that wrote it"))
+    return document
+
+
+class Reader:
+    """A checkpoint opened for reading. Tensors stay on the disk until `read` takes a slice of them.
+
+    Raises:
+        CheckpointError: `path` is not a checkpoint, or the files of a rank are missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        document = _read_document(path)
+        self.step, self.epoch, self.ranks = int(document["step"]), int(document["epoch"]), int(document["ranks"])
+        self.seed: int = int(document["seed"])
+        self.about: Mapping[str, Any] = document["about"]
+        self.scalars: dict[str, float] = document["scalars"]
+        self.bytes: int = int(document["bytes"])
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[tuple[str, str], list[_Place]] = {}
+        self._files: dict[str, Any] = {}
+        for rank in range(self.ranks):
+            self._merge(f"rank-{rank:05d}.json")
+        for places in self._places.values():
+            places.sort(key=lambda place: place.start)
+        missing = sorted({p.file for places in self._places.values() for p in places if not (path / p.file).is_file()})
+        if missing:
+            raise self._broken(f"{len(missing)} of its files are missing: {', '.join(missing[:_SHOWN])}")
+
+    def _broken(self, problem: str) -> CheckpointError:
+        return CheckpointError(Fault("resume", f"{self.path} is incomplete: {problem}", "resume from another checkpoint of the run"))
+
+    def _merge(self, name: str) -> None:
+        try:
+            index = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise self._broken(f"{name} cannot be read, and {self.ranks} ranks wrote it") from None
+        self.shapes.update({tensor: tuple(shape) for tensor, shape in index["shapes"].items()})
+        for piece in index["pieces"]:
+            start, key = piece["start"], key_of(piece["name"], piece["kind"], piece["start"])
+            place = _Place(start, start + piece["length"], piece["file"], key)
+            self._places.setdefault((piece["name"], piece["kind"]), []).append(place)
+
+    def _slice(self, place: _Place, start: int, stop: int) -> torch.Tensor:
+        if place.file not in self._files:
+            self._files[place.file] = safe_open(self.path / place.file, framework="pt", device="cpu")
+        part: torch.Tensor = self._files[place.file].get_slice(place.key)[start - place.start : stop - place.start]
+        return part
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor `name` of `kind`, one-dimensional, on the CPU, as saved.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold all of them.
+        """
+        parts: list[torch.Tensor] = []
+        position = start
+        for place in self._places.get((name, kind), ()):
+            if place.stop <= position or position >= stop:
+                continue
+            if place.start > position:
+                break
+            end = min(stop, place.stop)
+            parts.append(self._slice(place, position, end))
+            position = end
+        if position < stop:
+            raise self._broken(f"elements {position} to {stop} of {name} ({kind}) are not in it")
+        if not parts:
+            return torch.empty(0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def random_state(self, rank: int, device: torch.device) -> bool:
+        """Whether the random state of `rank` was set as it was saved: only where the number of ranks has not shrunk below it."""
+        file = self.path / f"rank-{rank:05d}.rng.safetensors"
+        if not file.exists():
+            return False
+        states = load_file(file)
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        return True
+
+    def close(self) -> None:
+        self._files.clear()
+
+
+def check_run(reader: Reader, about: Mapping[str, Any]) -> None:
+    """Compare the identity of the run (`about`: model, tuning) with the checkpoint's, before anything is built.
+
+    Raises:
+        CheckpointError: they differ; every difference is named.
+    """
+    faults = [
+        Fault(field, f"{reader.path} was saved with {reader.about.get(field)}, this run has {value}",
+              f"set {field}={reader.about.get(field)}, or start afresh with resume=none and another run.dir")
+        for field, value in about.items() if reader.about.get(field) != value
+    ]  # fmt: skip
+    if faults:
+        raise CheckpointError(faults)
+
+
+def check_tensors(reader: Reader, pieces: Iterable[Piece]) -> str | None:
+    """What differs between the trained tensors of this rank's `pieces` and the checkpoint's; None where nothing does."""
+    wrong: list[str] = []
+    seen: set[str] = set()
+    for piece in pieces:
+        if piece.name in seen:
+            continue
+        seen.add(piece.name)
+        saved = reader.shapes.get(piece.name)
+        if saved is None:
+            wrong.append(f"{piece.name} is not in it")
+        elif saved != tuple(piece.shape):
+            wrong.append(f"{piece.name} is {list(saved)} in it and {list(piece.shape)} here")
+    if not wrong:
+        return None
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return f"{reader.path} was made with another model: {'; '.join(wrong[:_SHOWN])}{more}"
