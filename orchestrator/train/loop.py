@@ -1,0 +1,178 @@
+"""The training loop. It knows batches, losses and steps, and nothing of how an engine spreads them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.data.batch import IGNORED, MicroBatch, StepBatch
+from orchestrator.engine.protocol import Engine
+from orchestrator.errors import Fault, OrchestratorError
+from orchestrator.spec import RunSpec
+from orchestrator.train.display import Display
+from orchestrator.train.memory import Memory, measure
+from orchestrator.train.metrics import Metrics
+from orchestrator.train.schedule import learning_rate
+from orchestrator.train.stop import StopRequest
+from orchestrator.train.world import World
+
+NON_FINITE_LIMIT = 10
+"""Skipped steps in a row after which a run ends. Loss scaling in fp16 skips a few at the beginning, and that is well."""
+
+EvalBatches = Callable[[], Iterable[MicroBatch]]
+"""This rank's micro-batches of the held-out samples; as many on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a loop ended: the last finished step, its epoch, and whether a signal stopped it before the last step."""
+
+    step: int
+    epoch: int
+    stopped: bool
+
+
+class Diverged(OrchestratorError):
+    """The loss or its gradient was not finite for too many steps in a row."""
+
+    title = "The training has diverged"
+
+
+def _sum_over_ranks(values: list[torch.Tensor | float], world: World) -> list[float]:
+    """Each value summed over all ranks, in float64, in one message."""
+    packed = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values])
+    dist.all_reduce(packed)
+    summed: list[float] = packed.tolist()
+    return summed
+
+
+def evaluate(engine: Engine, batches: EvalBatches, world: World) -> float:
+    """Mean loss per labelled token over the held-out samples of all ranks; nan where they hold no labelled token.
+
+    Ranks that see the same samples (tensor parallelism) count alike in both sums, so the mean is the same.
+    """
+    total: torch.Tensor | float = 0.0
+    labelled = 0
+    for batch in batches():
+        count = int((batch.labels[:, 1:] != IGNORED).sum())  # position 0 has nothing before it to be learned from
+        total = total + engine.forward_backward(batch, max(count, 1), last=True, learn=False).double()
+        labelled += count
+    loss, tokens = _sum_over_ranks([total, float(labelled)], world)
+    return loss / tokens if tokens else math.nan
+
+
+class Loop:
+    """Optimizer steps from `StepBatch`es, with their metrics, evaluations and checkpoints."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: RunSpec,
+        world: World,
+        total: int,
+        metrics: Metrics | None,
+        display: Display,
+        *,
+        eval_batches: EvalBatches | None = None,
+        on_memory: Callable[[int, list[Memory]], None] | None = None,
+    ) -> None:
+        self._engine, self._spec, self._world, self._total = engine, spec, world, total
+        self._metrics, self._display = metrics, display
+        self._eval_batches, self._on_memory = eval_batches, on_memory
+        self._copies = spec.strategy.tp
+        self._skipped = 0
+
+    def run(
+        self,
+        steps: Iterator[StepBatch],
+        stop: StopRequest,
+        save: Callable[[int, int], None],
+        after_first: Callable[[], None],
+    ) -> Ending | None:
+        """Take every step of `steps`; None where there was none.
+
+        `save(step, epoch)` is called every `checkpoint.every` steps and at the end, `after_first` once after the first.
+
+        Raises:
+            Diverged: NON_FINITE_LIMIT steps in a row were not finite.
+        """
+        ending: Ending | None = None
+        saved = 0
+        clock = time.perf_counter()
+        for batch in steps:
+            waited = time.perf_counter() - clock
+            number = batch.step + 1
+            line, asked = self._step(batch, number, stop)
+            line["step_seconds"] = seconds = time.perf_counter() - clock
+            line["data_wait_seconds"] = waited
+            line["tokens_per_second"] = batch.tokens / seconds
+            line["labelled_tokens_per_second"] = batch.labelled / seconds
+            if ending is None:
+                after_first()
+            ending = Ending(number, batch.epoch, asked and number < self._total)
+            self._note(line, number)
+            self._refuse_divergence(number, bool(line["finite"]))
+            every = self._spec.checkpoint.every
+            if every and number % every == 0:
+                save(number, batch.epoch)
+                saved = number
+            if ending.stopped:
+                break
+            clock = time.perf_counter()
+        if ending is not None and saved != ending.step:
+            save(ending.step, ending.epoch)
+        return ending
+
+    def _step(self, batch: StepBatch, number: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+        """(the metrics of optimizer step `number`, counted from 1; whether any rank was asked to stop)."""
+        rate = learning_rate(number, self._total, self._spec.schedule, self._spec.optimizer.lr)
+        total: torch.Tensor | float = 0.0
+        last = len(batch.micro_batches) - 1
+        for index, micro in enumerate(batch.micro_batches):
+            total = total + self._engine.forward_backward(micro, batch.labelled, last=index == last).double()
+        result = self._engine.step(rate)
+        loss_sum, asked = _sum_over_ranks([total, float(bool(stop))], self._world)
+        loss = loss_sum / (batch.labelled * self._copies)
+        finite = result.finite and math.isfinite(loss)
+        return {
+            "step": number, "epoch": batch.epoch, "loss": loss, "lr": rate, "grad_norm": result.grad_norm,
+            "tokens": batch.tokens, "labelled_tokens": batch.labelled, "finite": finite,
+        }, asked > 0  # fmt: skip
+
+    def _note(self, line: dict[str, Any], step: int) -> None:
+        """Add evaluation and memory where they are due, write the line, and show it."""
+        spec = self._spec
+        if self._eval_batches is not None and spec.eval.every and (step % spec.eval.every == 0 or step == self._total):
+            line["eval_loss"] = evaluate(self._engine, self._eval_batches, self._world)
+        due = step % max(1, spec.logging.every) == 0 or step in (1, self._total)
+        ranks: list[Memory] = []
+        if due:
+            ranks = self._world.gather(measure(self._world.rank, self._world.device))
+            line["memory"] = [memory.to_json() for memory in ranks]
+            if self._on_memory is not None:
+                self._on_memory(step, ranks)
+        if self._metrics is not None:
+            self._metrics.write(line)
+        self._display.step(line, due or "eval_loss" in line)
+        if due:
+            self._display.memory(ranks)
+
+    def _refuse_divergence(self, step: int, finite: bool) -> None:
+        if finite:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        self._display.note(f"step {step}: loss or gradient is not finite, nothing was updated ({self._skipped} in a row)")
+        if self._skipped >= NON_FINITE_LIMIT:
+            problem = f"{self._skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite"
+            remedy = (
+                f"lower optimizer.lr (now {self._spec.optimizer.lr:g}), lengthen schedule.warmup, or use precision=bf16; "
+                "the last checkpoint of the run is from before or during this"
+            )
+            raise Diverged(Fault("loss", problem, remedy))
