@@ -1,0 +1,164 @@
+"""Export: what was trained, as a folder that transformers or PEFT opens, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from orchestrator.errors import CheckpointError, Fault
+from orchestrator.units import format_bytes
+
+SHARD_BYTES = 2 * 10**9
+CHECKSUMS = "checksums.json"
+"""Beside every model and adapter of an export: what its tensors were when they were gathered."""
+
+WRAPPER = "base_model.model."
+_ADAPTER = ".default.weight"
+
+Checksums = dict[str, str]
+"""Tensor name to the checksum of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an export needs of the module besides tensors, taken before an engine wraps it.
+
+    `config` and `generation` are transformers' objects, `architecture` the class name, `adapter` PEFT's config or None.
+    """
+
+    config: Any
+    generation: Any
+    architecture: str
+    adapter: Any
+
+    @classmethod
+    def of(cls, module: Any) -> Source:
+        """The source of `module`, a transformers model or a PEFT model around one."""
+        adapters = getattr(module, "peft_config", None)
+        inner = module.get_base_model() if adapters else module
+        generation = getattr(inner, "generation_config", None)
+        return cls(inner.config, generation, type(inner).__name__, adapters["default"] if adapters else None)
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """BLAKE2b of the dtype, shape and bytes of `tensor`."""
+    data = tensor.detach().to("cpu").contiguous()
+    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=20)
+    digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def adapter_name(name: str) -> str:
+    """The name under which PEFT saves the adapter tensor that the wrapped module calls `name`."""
+    return name.removesuffix(_ADAPTER) + ".weight" if name.endswith(_ADAPTER) else name
+
+
+def base_name(name: str) -> str:
+    """The name in the unwrapped model of the base tensor that the wrapped module calls `name`."""
+    return name.removeprefix(WRAPPER).replace(".base_layer.", ".")
+
+
+def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Checksums:
+    """The checksums of what was written: safetensors files of at most SHARD_BYTES in `folder`, with transformers' index.
+
+    One file's worth of tensors is in memory at a time. One file is named `model.safetensors`, more get an index.
+    """
+    sums: Checksums = {}
+    files: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"part-{len(files):05d}", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name] = tensor.detach().contiguous()
+        sums[name] = checksum(tensor)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(files) == 1:
+        os.replace(folder / "part-00000", folder / "model.safetensors")
+        return sums
+    where: dict[str, str] = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        os.replace(folder / f"part-{number:05d}", folder / file)
+        where.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return sums
+
+
+def write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
+    """The configuration of the model, stating `dtype` and its class, and its generation settings."""
+    source.config.dtype = dtype
+    source.config.architectures = [source.architecture]
+    source.config.save_pretrained(folder)
+    if source.generation is not None:
+        source.generation.save_pretrained(folder)
+
+
+def write_adapter(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], config: Any, base: str) -> Checksums:
+    """The checksums of what was written: a PEFT adapter in `folder` with PEFT's `config`, which names `base` as its model."""
+    adapters = {adapter_name(name): tensor.detach().contiguous() for name, tensor in tensors}
+    save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    return {name: checksum(tensor) for name, tensor in adapters.items()}
+
+
+def merged(
+    base: Iterable[tuple[str, torch.Tensor]], adapters: dict[str, torch.Tensor], scaling: float
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Base tensors under their own names with `scaling` × B·A added where `adapters` (by PEFT's saved name) has a pair.
+
+    The sum is made in fp32 and rounded once to the base's dtype.
+    """
+    for name, tensor in base:
+        stem = f"{WRAPPER}{name.removesuffix('.weight')}"
+        down, up = adapters.get(f"{stem}.lora_A.weight"), adapters.get(f"{stem}.lora_B.weight")
+        if name.endswith(".weight") and down is not None and up is not None:
+            tensor = (tensor.float() + scaling * (up.float() @ down.float())).to(tensor.dtype)
+        yield name, tensor
+
+
+def write_checksums(folder: Path, sums: Checksums) -> None:
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(written: Checksums, found: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Hold the tensors `found` in the reopened export to those that were written, bit by bit.
+
+    Raises:
+        CheckpointError: some differ or are missing.
+    """
+    missing = dict(written)
+    wrong = [name for name, tensor in found if name in missing and missing.pop(name) != checksum(tensor)]
+    if wrong or missing:
+        problem = f"{folder} was reopened: of {len(written)} tensors {len(wrong)} differ and {len(missing)} are missing"
+        names = ", ".join([*wrong, *missing][:5])
+        raise CheckpointError(Fault("export", f"{problem} ({names})", "the checkpoint is whole: export again from it, on another disk"))
+
+
+def failed(folder: Path, error: OSError | SafetensorError) -> CheckpointError:
+    """The error for an export that could not be written; what there is of it is removed."""
+    free = shutil.disk_usage(folder.parent).free
+    shutil.rmtree(folder, ignore_errors=True)
+    problem = f"{folder} could not be written: {str(error).splitlines()[0]}; {format_bytes(free)} are free"
+    return CheckpointError(Fault("export", problem, "free space there; the checkpoint is whole: resume=auto exports it"))

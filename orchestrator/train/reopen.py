@@ -1,0 +1,103 @@
+"""Opening an export with the libraries that people will open it with: to check it, and to ask it something."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.errors import CheckpointError, Fault
+from orchestrator.train.export import CHECKSUMS, compare
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and advice off the screen."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The base model of the adapter in `folder`: the copy beside it where there is one, else what its config names."""
+    if (folder / "base" / "config.json").is_file():
+        return str(folder / "base")
+    return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def check(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Load every model and adapter under `folder` and compare each tensor with the checksums written beside it.
+
+    An adapter is loaded onto a base without storage, so that checking it costs the adapter's memory alone.
+
+    Raises:
+        CheckpointError: a tensor differs or is missing.
+    """
+    quiet()
+    for part in (folder, folder / "base", folder / "merged"):
+        if (part / CHECKSUMS).is_file():
+            sums = json.loads((part / CHECKSUMS).read_text(encoding="utf-8"))
+            opened = _adapter_tensors(part, trust_remote_code) if is_adapter(part) else _model_tensors(part, trust_remote_code)
+            compare(sums, opened, part)
+
+
+def _model_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[str, torch.Tensor]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code)
+    return model.state_dict().items()  # type: ignore[no-any-return]
+
+
+def _adapter_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[str, torch.Tensor]]:
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base_of(folder), trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    return ((name.replace(".default.weight", ".weight"), tensor) for name, tensor in model.state_dict().items() if "lora_" in name)
+
+
+def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model in evaluation mode, tokenizer) of the export in `folder`, adapters on their base.
+
+    Raises:
+        CheckpointError: `folder` is not an export.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    if not is_adapter(folder) and not (folder / "config.json").is_file():
+        problem = f"{folder} holds neither a model nor an adapter"
+        raise CheckpointError(Fault("run", problem, "name a run folder whose run has finished with export.format=hf"))
+    source = base_of(folder) if is_adapter(folder) else str(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code)
+    if is_adapter(folder):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """The greedy answer of `model` to one user turn, prompted through the tokenizer's chat template."""
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    inputs.pop("token_type_ids", None)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+        )
+    reply: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return reply.strip()
