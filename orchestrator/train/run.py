@@ -1,0 +1,305 @@
+"""One run from a spec to an export: everything is joined here and nothing is done here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from orchestrator import data
+from orchestrator.engine import Engine, make
+from orchestrator.errors import CheckpointError, Fault
+from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower
+from orchestrator.model import build, loss_sum, open_weights, table_of
+from orchestrator.spec import Parameter, RunSpec, digest
+from orchestrator.train import checkpoint, folder
+from orchestrator.train.display import Display, count
+from orchestrator.train.export import Source
+from orchestrator.train.folder import Choice, RunFolder, write_json
+from orchestrator.train.log import open_log, quiet_libraries
+from orchestrator.train.loop import Ending, Loop
+from orchestrator.train.memory import Memory, measure
+from orchestrator.train.metrics import Metrics, drop_after, open_tracker
+from orchestrator.train.publish import Publisher
+from orchestrator.train.resume import Reader, check_run, check_tensors
+from orchestrator.train.stop import listening
+from orchestrator.train.world import World
+from orchestrator.units import format_bytes, format_count
+
+LOG = logging.getLogger("orchestrator.train")
+STATE_BYTES = 3 * 4
+"""Bytes that a checkpoint holds of each trained element: an fp32 master and Adam's two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run has come to. `export` None: none was asked for, or the run was stopped before its last step."""
+
+    folder: RunFolder
+    step: int
+    total: int
+    stopped: bool
+    export: Path | None
+
+
+def cache_folder(spec: RunSpec) -> Path:
+    """Where tokenised data is kept between runs."""
+    if spec.data.cache_dir is not None:
+        return Path(spec.data.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator" / "data"
+
+
+def identity(spec: RunSpec) -> dict[str, Any]:
+    """What a resumed run must share with the run that saved: the model and what of it is trained. Strategies may differ."""
+    tuning = {"tuning": spec.tuning.kind}
+    if spec.tuning.kind == "lora":
+        tuning |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}  # type: ignore[dict-item]
+    return {"model": spec.model.name, **tuning}
+
+
+def _seed(seed: int, rank: int) -> None:
+    """Seed what dropout draws from, differently on each rank. Initial weights and the data's order have their own seeds."""
+    random.seed(seed + rank)
+    numpy.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+class Run:
+    """A run of `spec` in `world`. `start` opens its folder, `train` does the rest."""
+
+    def __init__(self, spec: RunSpec, world: World, display: Display | None = None) -> None:
+        self.spec, self.world = spec, world
+        self.display = display or Display(world.first)
+        self.folder: RunFolder | None = None
+        self._measured: dict[str, tuple[Row, ...]] = {}
+        self._choice: Choice
+        self._layout: Layout
+        self._table: tuple[Parameter, ...]
+        self._expected_bytes = 0
+        self._metrics: Metrics | None = None
+
+    def execute(self, on_open: Callable[[RunFolder], None] = lambda folder: None) -> Outcome:
+        """Train to the last step, save, export, and account for the memory. `on_open` learns of the folder once it is there.
+
+        Raises:
+            OrchestratorError: anything that a person can mend; every rank raises.
+        """
+        with ExitStack() as leaving:
+            reader = self._open()
+            on_open(self._folder)
+            tokenizer, prepared, total = self._prepare()
+            engine, model, source, weights = self._adopt()
+            leaving.callback(engine.close)
+            if reader is not None:
+                self._load(engine, reader)
+            started = reader.step if reader is not None else 0
+            self._introduce(prepared, total, started)
+            ending = self._train(engine, prepared, tokenizer, total, started)
+            done = ending.step if ending is not None else started
+            stopped = ending is not None and ending.stopped
+            self._account(None)
+            publisher = Publisher(self.spec, self.world, source, self._table, weights, tokenizer)
+            wanted = self.spec.export.format != "none" and not stopped
+            waiting = publisher.write(engine, self._folder.export) if wanted else None
+        del engine, model
+        published = self._confirm(publisher, waiting)
+        self.world.barrier()
+        return Outcome(self._folder, done, total, stopped, published)
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Say how the run ended and what to do next."""
+        path, note = outcome.folder.path, self.display.note
+        if outcome.stopped:
+            note(f"stopped by a signal after step {outcome.step} of {outcome.total}; go on with resume=auto run.dir={path}")
+        elif outcome.export is not None:
+            note(f'done     try it: python launch/ask.py run={path} "a prompt"')
+        else:
+            note(f"done     {path}")
+
+    @property
+    def _folder(self) -> RunFolder:
+        assert self.folder is not None, "the folder is chosen first"
+        return self.folder
+
+    def _open(self) -> Reader | None:
+        """Choose and open the run folder; the checkpoint to resume from, checked against the spec."""
+        spec, world = self.spec, self.world
+
+        def choose() -> Choice:
+            choice = folder.choose(spec)
+            resumed_at: int | None = None
+            if choice.checkpoint is not None:
+                reader = Reader(choice.checkpoint)
+                check_run(reader, identity(spec))
+                resumed_at = reader.step
+            elif choice.folder.has_run():
+                resumed_at = 0
+            folder.open_folder(choice.folder, spec, lower(spec), resumed_at)
+            if resumed_at is not None and spec.resume != "none":
+                drop_after(choice.folder.metrics, resumed_at)
+            self._metrics = Metrics(choice.folder.metrics, open_tracker(spec.logging.tracker, choice.folder.path))
+            return choice
+
+        self._choice = world.on_first(choose)
+        self.folder = self._choice.folder
+        open_log(self.folder.log, world.rank)
+        _seed(spec.seed, world.rank)
+        return Reader(self._choice.checkpoint) if self._choice.checkpoint is not None else None
+
+    def _prepare(self) -> tuple[Any, Any, int]:
+        """(tokenizer, prepared data, total optimizer steps). Rank 0 tokenises while the others wait, then all open it."""
+        spec = self.spec
+        cache = cache_folder(spec)
+
+        def load() -> tuple[Any, Any]:
+            tokenizer = data.load_tokenizer(spec.data, spec.model.path, trust_remote_code=spec.model.trust_remote_code)
+            return tokenizer, data.prepare(spec.data, tokenizer, spec.seed, cache)
+
+        def first() -> bool:
+            self._loaded = load()
+            return True
+
+        self.world.on_first(first)
+        tokenizer, prepared = self._loaded if self.world.first else load()
+        vocabulary = self.spec.model.shape.vocab_size if self.spec.model.shape is not None else None
+        if vocabulary is not None:
+            data.check_vocabulary(prepared, vocabulary)
+        LOG.info("data: %s", prepared.report.sentence())
+        per_epoch = data.steps_per_epoch(prepared, spec.batch)
+        total = spec.run.steps if spec.run.steps is not None else spec.run.epochs * per_epoch
+        return tokenizer, prepared, total
+
+    def _adopt(self) -> tuple[Engine, nn.Module, Source, Any]:
+        """Build the module inside the engine's context, hand it over, and hold the live tensors to the layout."""
+        spec, world = self.spec, self.world
+        engine = make(spec, world.device, loss_sum)
+        model = build(spec, engine.building())
+        source = Source.of(model)
+        self._table = table_of(model)
+        self._layout = lay_out(spec, self._table, world.rank)
+        weights = open_weights(spec, self._table)
+        engine.adopt(model, weights)
+        quiet_libraries()
+        self._expected_bytes = STATE_BYTES * sum(p.numel for p in self._table if p.trainable)
+        self._census(engine, LOADED)
+        return engine, model, source, weights
+
+    def _census(self, engine: Engine, point: str) -> None:
+        """Compare what lives on this rank with the layout.
+
+        Raises:
+            LayoutDrift: they differ.
+        """
+        self._measured[point] = engine.census()
+        check_census(self._layout, self._measured[point], point)
+
+    def _load(self, engine: Engine, reader: Reader) -> None:
+        """Bring the engine to where the checkpoint left off.
+
+        Raises:
+            CheckpointError: its tensors are not this model's.
+        """
+        pieces, _ = engine.save()
+        failures = self.world.agree(check_tensors(reader, pieces))
+        if failures:
+            problem = failures[0].partition(": ")[2]
+            raise CheckpointError(Fault("resume", problem, "resume with the model and tuning that it was saved with"))
+        engine.load(reader.read, reader.scalars)
+        if not reader.random_state(self.world.rank, self.world.device):
+            _seed(self.spec.seed + reader.step, self.world.rank)
+        reader.close()
+
+    def _introduce(self, prepared: Any, total: int, started: int) -> None:
+        """Say in a few lines what runs where."""
+        spec, note = self.spec, self.display.note
+        trained = sum(p.numel for p in self._table if p.trainable)
+        every = sum(p.numel for p in self._table)
+        note(f"run      {self._folder.path}")
+        note(f"model    {spec.model.name}, {format_count(every)} parameters, {format_count(trained)} trained ({spec.tuning.kind})")
+        ranks = f"{count(self.world.size, 'rank')} on {self.world.device.type}"
+        note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}")
+        product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {count(spec.strategy.dp, 'rank')}"
+        note(
+            f"batch    {spec.batch.global_size} samples a step = {product}; "
+            f"{len(prepared.train)} samples, {len(prepared.eval)} held out"
+        )
+        for row in self._layout.at(STEPPED):
+            LOG.info("at rest on rank 0: %s %s %s %s", row.line, row.dtype, row.home, format_bytes(row.bytes))
+        if started:
+            note(f"resume   after step {started} of {total}, from {self._choice.checkpoint}")
+            if started >= total:
+                note(f"         nothing is left to do: raise run.steps above {started} to go on")
+
+    def _train(self, engine: Engine, prepared: Any, tokenizer: Any, total: int, started: int) -> Ending | None:
+        spec, world = self.spec, self.world
+        dp_rank, ranks = world.rank // spec.strategy.tp, spec.strategy.dp
+        pad = data.choose_pad_id(tokenizer)
+        steps = data.steps(
+            prepared, spec.batch, seed=spec.seed, rank=dp_rank, ranks=ranks, pad_id=pad, start_step=started, total_steps=total
+        )
+        held_out: Callable[[], Any] | None = None
+        if spec.eval.every and len(prepared.eval):
+            held_out = partial(data.eval_batches, prepared, spec.batch.micro, dp_rank, ranks, pad)
+        loop = Loop(engine, spec, world, total, self._metrics, self.display, eval_batches=held_out, on_memory=self._remember)
+
+        def save(step: int, epoch: int) -> None:
+            moment = checkpoint.Moment(step, epoch, spec.seed, digest(spec), identity(spec))
+            pieces, scalars = engine.save()
+            path, written = checkpoint.save(
+                self._folder.checkpoints, moment, pieces, scalars, world,
+                keep=spec.checkpoint.keep, expected_bytes=self._expected_bytes,
+            )  # fmt: skip
+            self.display.note(f"saved    {path} ({format_bytes(written)})")
+
+        def after_first() -> None:
+            self._census(engine, STEPPED)
+            self._account(None)
+
+        self.display.begin(started, total)
+        try:
+            with listening() as stop:
+                return loop.run(steps, stop, save, after_first)
+        finally:
+            self.display.end()
+            if self._metrics is not None:
+                self._metrics.close()
+
+    def _remember(self, step: int, ranks: list[Memory]) -> None:
+        self._account(ranks)
+
+    def _account(self, memory: list[Memory] | None) -> None:
+        """Write ledger.json: for each rank the rows that the layout predicts, those that were found, and the memory so far."""
+        world = self.world
+        ranks = memory or world.gather(measure(world.rank, world.device))
+        own = {
+            "rank": world.rank,
+            "predicted": [_row(row) for row in self._layout.rows if row.elements],
+            "buffers": [asdict(buffer) | {"home": str(buffer.home)} for buffer in self._layout.buffers if buffer.bytes],
+            "measured": {point: [_row(row) for row in rows] for point, rows in self._measured.items()},
+        }
+        accounts = world.gather(own)
+        if world.first:
+            for account, held in zip(accounts, ranks, strict=True):
+                account["memory"] = held.to_json()
+            write_json(self._folder.ledger, {"strategy": self.spec.strategy.label, "ranks": accounts})
+
+    def _confirm(self, publisher: Publisher, waiting: Path | None) -> Path | None:
+        if waiting is None:
+            return None
+        path = self.world.on_first(lambda: publisher.confirm(waiting, self._folder.export))
+        self.display.note(f"export   {path}, reopened and compared")
+        return path
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return asdict(row) | {"home": str(row.home), "bytes": row.bytes}
