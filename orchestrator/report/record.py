@@ -1,0 +1,87 @@
+"""A finished or running run, read back from its folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import CheckpointError, Fault
+from orchestrator.spec import RunSpec, from_json
+from orchestrator.train.folder import RunFolder
+from orchestrator.train.metrics import read_metrics
+
+MEMORY_LINES = (
+    ("card used", "device_used"),
+    ("torch reserved, peak", "reserved"),
+    ("torch allocated, peak", "allocated"),
+    ("process resident", "resident"),
+    ("process resident, peak", "resident_peak"),
+)
+"""What a rank's memory is shown as, and the field that holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """`ranks` are the accounts of ledger.json in rank order, `lines` those of metrics.jsonl in step order."""
+
+    path: Path
+    spec: RunSpec
+    ranks: Sequence[Mapping[str, Any]]
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def losses(self) -> tuple[float, float] | None:
+        """Loss of the first and of the last step that have a finite one."""
+        losses = [line["loss"] for line in self.lines if line.get("loss") is not None]
+        return (losses[0], losses[-1]) if losses else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the steps after the first, which warms up; of the first where there is no other."""
+        rates = [line["tokens_per_second"] for line in self.lines]
+        return statistics.median(rates[1:] or rates) if rates else None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in optimizer steps."""
+        return float(sum(line["step_seconds"] for line in self.lines))
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not finite and updated nothing."""
+        return sum(not line.get("finite", True) for line in self.lines)
+
+    @property
+    def eval_losses(self) -> list[tuple[int, float]]:
+        return [(line["step"], line["eval_loss"]) for line in self.lines if line.get("eval_loss") is not None]
+
+    @property
+    def memory_over_time(self) -> list[tuple[int, list[Mapping[str, Any]]]]:
+        """(step, memory of every rank) at each logging interval."""
+        return [(line["step"], line["memory"]) for line in self.lines if "memory" in line]
+
+
+def load(path: Path) -> Record:
+    """The record of the run in `path`.
+
+    Raises:
+        CheckpointError: `path` is not a run folder, or its first step has not finished.
+    """
+    folder = RunFolder(path)
+    if not folder.spec.is_file():
+        problem = f"{path} is not a run folder" if path.is_dir() else f"there is no folder {path}"
+        raise CheckpointError(Fault("run", problem, "give a folder that launch/train.py made: it holds spec.json and metrics.jsonl"))
+    lines = read_metrics(folder.metrics)
+    if not lines or not folder.ledger.is_file():
+        raise CheckpointError(Fault("run", f"{path} has not finished its first step", f"look into {folder.log} for what it does"))
+    try:
+        spec = from_json(RunSpec, json.loads(folder.spec.read_text(encoding="utf-8")))
+        ranks = json.loads(folder.ledger.read_text(encoding="utf-8"))["ranks"]
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        problem = f"{path} was not written by this version: {error}"
+        raise CheckpointError(Fault("run", problem, "use the version that made it")) from None
+    return Record(path, spec, ranks, lines)
