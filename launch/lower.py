@@ -1,0 +1,30 @@
+"""Print what a strategy is lowered to: the DeepSpeed JSON as accelerate and transformers' Trainer take it, or accelerate's
+FSDP config. `python launch/lower.py zero=stage3 offload=cpu > ds.json`; JSON alone goes to stdout."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("orchestrator") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orchestrator.config import compose, run_app
+
+
+def lower(overrides: list[str]) -> int:
+    """Print the lowered strategy for the ranks of `cluster`, or of this machine; the exit code."""
+    from orchestrator import layout
+    from orchestrator.cluster.local import local_cluster
+    from orchestrator.spec import Engine
+
+    spec = compose(overrides, local=local_cluster)
+    fsdp = spec.strategy.engine is Engine.FSDP
+    print(json.dumps(layout.accelerate_config(spec) if fsdp else layout.lower(spec), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(lower, program="launch/lower.py"))

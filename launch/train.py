@@ -1,0 +1,48 @@
+"""Train: `python|torchrun|deepspeed launch/train.py [group=choice] [key=value] …`; --help lists them all."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("orchestrator") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orchestrator.config import compose, run_app
+
+
+def train(overrides: list[str]) -> int:
+    """Compose, join the other ranks, run, and show what became of it. Heavy imports wait until --help is out of the way."""
+    from orchestrator.train import failure
+    from orchestrator.train.world import join, leave, ranks_from_environment
+
+    log: Path | None = None
+
+    def work() -> int:
+        nonlocal log
+        from orchestrator.cluster.local import local_cluster
+        from orchestrator.report.record import load
+        from orchestrator.report.tables import print_report
+
+        spec = compose(overrides, ranks=ranks_from_environment()[0], local=local_cluster)
+        from orchestrator.train.run import Run
+
+        world = join(spec.cluster.card.name)
+        run = Run(spec, world)
+        outcome = run.execute(on_open=lambda folder: opened(folder.log))
+        if world.first:
+            print_report(load(outcome.folder.path), over=False)
+            run.conclude(outcome)
+        leave()
+        return 0
+
+    def opened(path: Path) -> None:
+        nonlocal log
+        log = path
+
+    return failure.guarded(work, lambda: log)
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(train))
