@@ -43,6 +43,9 @@ BUILT_IN: dict[str, str] = {"chatml": CHATML, "alpaca": ALPACA}
 
 REMEDY = "set data.chat_template to chatml, alpaca or a template file"
 
+Span = tuple[int, int]
+"""Characters [start, stop) of a rendered conversation."""
+
 PROBE_QUESTION, PROBE_ANSWER = "ping", "pong"
 
 
@@ -67,7 +70,11 @@ class Chat:
             Malformed: the template refuses the conversation, or its answers cannot be located in the text.
         """
         turns, tools = self._fit(conversation)
-        ids, mask = self._marked_mask(turns, tools) if self.marked else self._located_mask(turns, tools)
+        text, spans = self._marked_spans(turns, tools) if self.marked else self._located_spans(turns, tools)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids: list[int] = list(encoded["input_ids"])
+        covered = _covered(encoded["offset_mapping"], list(self.tokenizer.convert_ids_to_tokens(ids)))
+        mask = [any(start < last and first < stop for start, stop in spans) for first, last in covered]
         if not self.closes:
             ids.append(self.end)
             mask.append(True)
@@ -93,45 +100,44 @@ class Chat:
             tools = []
         return turns, tools
 
-    def _render(self, turns: list[Turn], tools: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        return str(self._apply(turns, tools, tokenize=False, add_generation_prompt=prompt))
+    def _render(self, turns: list[Turn], tools: list[dict[str, Any]], **options: Any) -> tuple[str, list[Span]]:
+        """The text, and the characters that the template marks as generated if `return_assistant_tokens_mask` is given.
 
-    def _apply(self, turns: list[Turn], tools: list[dict[str, Any]], **options: Any) -> Any:
+        This is the half of `apply_chat_template` before tokens. Its other half reads the marks through `char_to_token`,
+        which knows no token for white space that a tokenizer trims from its offsets, and then marks all that follows
+        (transformers 5.23, tokenization_utils_base.py).
+        """
         from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
+        words = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if token}
+        render: Any = render_jinja_template
         try:
-            offered: Any = tools or None
-            return self.tokenizer.apply_chat_template(turns, tools=offered, chat_template=self.template, **options)
+            texts, marks = render([turns], tools=tools or None, chat_template=self.template, **words, **options)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Malformed(f"the chat template refuses the conversation: {reason[:160]}") from error
+        return texts[0], [(start, stop) for start, stop in (marks[0] if marks else ()) if start < stop]
 
-    def _marked_mask(self, turns: list[Turn], tools: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        quiet = {"verbose": False}
-        encoded = self._apply(
-            turns, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=quiet
-        )
-        return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+    def _marked_spans(self, turns: list[Turn], tools: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        return self._render(turns, tools, return_assistant_tokens_mask=True)
 
-    def _located_mask(self, turns: list[Turn], tools: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        """The mask of a template without markers, from what each answer adds to the rendered text."""
-        text = self._render(turns, tools)
-        spans = [self._span(text, turns, tools, index) for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        mask = [any(start < last and first < stop for start, stop in spans) for first, last in encoded["offset_mapping"]]
-        return list(encoded["input_ids"]), mask
+    def _located_spans(self, turns: list[Turn], tools: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """For a template without markers: what each answer adds to the rendered text."""
+        text, _ = self._render(turns, tools)
+        return text, [self._span(text, turns, tools, index) for index, turn in enumerate(turns) if turn["role"] == "assistant"]
 
-    def _span(self, text: str, turns: list[Turn], tools: list[dict[str, Any]], index: int) -> tuple[int, int]:
+    def _span(self, text: str, turns: list[Turn], tools: list[dict[str, Any]], index: int) -> Span:
         """Characters [start, stop) of `text` that the answer `turns[index]` adds after the prompt for it.
 
         The prompt may end in more than the whole conversation shows there (an empty thought, say): what both have in
         common is prompt, the rest is answer.
         """
-        before = self._render(turns[:index], tools)
-        until = self._render(turns[: index + 1], tools)
+        before, _ = self._render(turns[:index], tools)
+        until, _ = self._render(turns[: index + 1], tools)
         if not (text.startswith(until) and until.startswith(before)):
             raise Malformed("the chat template rewrites earlier turns, so that the answers cannot be located")
-        prompt = self._render(turns[:index], tools, prompt=True)
+        prompt, _ = self._render(turns[:index], tools, add_generation_prompt=True)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, until, strict=False)))
         return max(shared, len(before)), len(until)
 
@@ -149,6 +155,21 @@ class Chat:
             elif ends:
                 exact[ends[-1] + 1 : stop] = [False] * (stop - ends[-1] - 1)
         return exact
+
+
+def _covered(offsets: list[Span], tokens: list[str]) -> list[Span]:
+    """The characters of each token, with the white space that some tokenizers (Llama 3's) trim from their offsets.
+
+    A token of white space alone has an empty range there: its own length tells how far it reaches.
+    """
+    covered: list[Span] = []
+    reached = 0
+    for (first, last), token in zip(offsets, tokens, strict=True):
+        start = min(first, reached)
+        stop = last if first < last else start + len(token)
+        covered.append((start, stop))
+        reached = max(reached, stop)
+    return covered
 
 
 def resolve_template(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -202,7 +223,8 @@ def open_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat:
 
 def _written_end(probe: Chat, turns: list[Turn]) -> int | None:
     """Id of the first special token that the template writes after an answer; None: it writes none."""
-    _, found, tail = probe._render(turns, []).rpartition(PROBE_ANSWER)
+    text, _ = probe._render(turns, [])
+    _, found, tail = text.rpartition(PROBE_ANSWER)
     if not found:
         raise Malformed("the chat template does not show the answer")
     special = {*probe.tokenizer.added_tokens_decoder, *probe.tokenizer.all_special_ids}
