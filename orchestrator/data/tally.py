@@ -49,16 +49,14 @@ class Tally:
     longest: int = 0
     highest_id: int = -1
     unlabelled: Places = field(default_factory=Places)
+    malformed: int = 0
     causes: dict[str, Places] = field(default_factory=dict)
-
-    @property
-    def malformed(self) -> int:
-        return sum(places.count for places in self.causes.values())
 
     def refuse(self, cause: str, place: int) -> None:
         """Count a row that cannot be understood."""
-        known = cause in self.causes or len(self.causes) < KNOWN_CAUSES
-        self.causes.setdefault(cause if known else "other causes", Places()).add(place)
+        self.malformed += 1
+        if cause in self.causes or len(self.causes) < KNOWN_CAUSES:
+            self.causes.setdefault(cause, Places()).add(place)
 
     def keep(self, ids: Sequence[int], labelled: int, *, truncated: bool) -> None:
         """Count a row that is learned from."""
@@ -102,9 +100,8 @@ class Tally:
         faults = [
             Fault("data.path", f"{path}: {places.told(self.rows, word)}: {cause}") for cause, places in causes[:LISTED_CAUSES]
         ]
-        if rest := causes[LISTED_CAUSES:]:
-            count = sum(places.count for _, places in rest)
-            faults.append(Fault("data.path", f"{path}: {count} more rows for {len(rest)} other causes"))
+        if rest := self.malformed - sum(places.count for _, places in causes[:LISTED_CAUSES]):
+            faults.append(Fault("data.path", f"{path}: {rest} more rows for other causes"))
         if faults:
             remedy = "mend these rows" + (", or set data.on_malformed=skip to leave them out" if self.kept else "")
             faults[-1] = replace(faults[-1], remedy=remedy)
