@@ -26,9 +26,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One typed key of the schema, with its dotted `path`."""
+    """One typed key of the schema, with its dotted `path` and the dataclass that it is a field of."""
 
     path: str
+    owner: type
     default: Any
     description: str
     unit: str
@@ -62,7 +63,7 @@ def _walk(kind: type, prefix: str) -> Iterator[Key]:
         options: tuple[str, ...] = ()
         if isinstance(hint, type) and issubclass(hint, Enum):
             options, default = tuple(member.name for member in hint), default.name
-        yield Key(path, default, item.metadata["help"], item.metadata["unit"], options)
+        yield Key(path, kind, default, item.metadata["help"], item.metadata["unit"], options)
 
 
 def keys() -> dict[str, Key]:

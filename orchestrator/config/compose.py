@@ -112,6 +112,11 @@ def choose_seq_len(data: DataConf, shape: spec.ModelShape | None) -> int:
     return min(wanted, limit) if limit > 0 else wanted
 
 
+def _home(path: str | None) -> str | None:
+    """`path` with a leading ~ resolved: no shell does it behind "key="."""
+    return path if path is None else str(Path(path).expanduser())
+
+
 def _tuning(conf: TuningConf) -> spec.Tuning:
     if conf.kind is TuningKind.full:
         return spec.Tuning(kind="full")
@@ -121,15 +126,15 @@ def _tuning(conf: TuningConf) -> spec.Tuning:
 
 def _data(conf: DataConf, seq_len: int) -> spec.Data:
     return spec.Data(
-        path=None if conf.path is None else str(Path(conf.path).expanduser()),
+        path=_home(conf.path),
         seq_len=seq_len,
         format=conf.format.value,
-        tokenizer=conf.tokenizer,
-        chat_template=conf.chat_template,
+        tokenizer=_home(conf.tokenizer),
+        chat_template=_home(conf.chat_template),
         eval_fraction=conf.eval_fraction,
         on_malformed=conf.on_malformed.value,
         on_long=conf.on_long.value,
-        cache_dir=conf.cache_dir,
+        cache_dir=_home(conf.cache_dir),
     )
 
 
@@ -161,7 +166,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
     micro = choose_micro(conf.batch.micro, share, _tiny(model))
     first, second = conf.optimizer.betas
     return spec.RunSpec(
-        run=spec.Run(conf.run.dir, conf.run.steps, conf.run.epochs),
+        run=spec.Run(_home(conf.run.dir), conf.run.steps, conf.run.epochs),
         seed=conf.seed,
         model=model,
         tuning=_tuning(conf.tuning),
@@ -181,7 +186,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         precision=spec.Precision(choose_precision(conf.precision.compute, cluster.card)),
         cluster=cluster,
         checkpoint=spec.Checkpoint(conf.checkpoint.every, conf.checkpoint.keep),
-        resume=conf.resume,
+        resume=_home(conf.resume) or conf.resume,
         eval=spec.Evaluation(conf.eval.every),
         export=spec.Export(conf.export.format.value, conf.export.merge),
         logging=spec.Logging(conf.logging.every, conf.logger.tracker.value),

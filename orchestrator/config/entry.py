@@ -78,18 +78,25 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _show(argv: Sequence[str], overrides: Sequence[str], program: str, conf_dir: Path) -> int:
     """Lets Hydra print what its flag asks for; nothing is run and no folder is made."""
-    _, _, faults = check_overrides(overrides, conf_dir)
-    if faults:
-        raise ConfigError(faults)
+    if "--shell-completion" not in argv and "-sc" not in argv:  # its arguments are no overrides
+        good, _, faults = check_overrides(overrides, conf_dir)
+        if faults:
+            raise ConfigError(faults)
+    else:
+        good = list(overrides)
     # Registers the root schema that config.yaml builds on.
     import orchestrator.config.compose  # noqa: F401
 
     flags = [argument for argument in argv if argument not in overrides]
-    before, sys.argv = sys.argv, [program, *flags, *overrides]
+    before, sys.argv = sys.argv, [program, *flags, *good]
     try:
         hydra.main(config_path=str(conf_dir.resolve()), config_name="config", version_base="1.3")(lambda config: None)()
     except SystemExit as stop:
         return int(stop.code or 0)
+    except ValueError as error:  # flags that exclude each other
+        raise ConfigError(
+            Fault("command line", str(error), "use one of Hydra's flags at a time, and --resolve with --cfg")
+        ) from error
     finally:
         sys.argv = before
     return 0

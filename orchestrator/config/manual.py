@@ -89,11 +89,11 @@ def help_text(program: str, conf_dir: Path = CONF_DIR, width: int | None = None)
     lines = [
         f"usage: {program} [group=choice] [key=value] ...",
         "",
-        "GROUPS  (* is the default)  choice: what it does; what it costs",
+        "GROUPS  (* is the default): what it does; what it costs",
     ]
     for group in listed:
         lines += _group(group, found[group], defaults.get(group), width)
-    lines += ["", "KEYS  (with defaults; a group may set others: --cfg job shows the outcome)"]
+    lines += ["", "KEYS  (with defaults; --cfg job shows what groups set)"]
     lines += [_key(key, width) for key in keys().values() if _typed_by_hand(key)]
     lines += ["", "EXAMPLES"]
     for arguments, meaning in EXAMPLES:

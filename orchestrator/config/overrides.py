@@ -15,8 +15,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.config.catalog import Key, groups, keys, sections
-from orchestrator.config.schema import RootConf
 from orchestrator.errors import Fault
+
+
+def with_quoted_home(text: str) -> str:
+    """An override whose value starts with ~/ in quotes: Hydra's grammar keeps a bare ~ for deletions."""
+    return re.sub(r"^([^=]+)=(~/?[^'\",\[\]]*)$", r"\1='\2'", text)
 
 
 def meant(word: str, options: Iterable[str]) -> str:
@@ -55,12 +59,11 @@ def _choice_fault(group: str, choice: Any, options: tuple[str, ...], text: str) 
 
 
 def _type_fault(override: Override, key: Key, text: str) -> list[Fault]:
-    conf = OmegaConf.structured(RootConf)
     value = override.value()
     if isinstance(value, str) and "${" in value:
         return []
     try:
-        OmegaConf.update(conf, key.path, value)
+        OmegaConf.update(OmegaConf.structured(key.owner), key.path.rpartition(".")[2], value)
     except OmegaConfBaseException as error:
         if key.options:
             return [
@@ -76,7 +79,9 @@ def _fault(override: Override, text: str, known: Mapping[str, Key], names: Mappi
     if override.is_delete() or override.package is not None or path.partition(".")[0] == "hydra" or path.startswith("hydra/"):
         return []
     if override.is_sweep_override():
-        return [Fault(text, "several values for one key", f"add -m for one run each, or write a list: {path}=[...]")]
+        listed = known[path].default if path in known else None
+        remedy = f"write a list: {path}=[...]" if isinstance(listed, list) else "add -m for one run each, or give one value"
+        return [Fault(text, f"several values for {path}", remedy)]
     if path in names:
         return _choice_fault(path, override.value(), names[path], text)
     if path in known:
@@ -95,7 +100,7 @@ def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str]
     good, stated, faults = [], set(), []
     for text in overrides:
         try:
-            override = parser.parse_override(text)
+            override = parser.parse_override(with_quoted_home(text))
         except (OverrideParseException, HydraException) as error:
             reason = str(error).splitlines()[0]
             remedy = "write key=value; put quotes inside quotes for special letters: 'data.path=\"a b=c.json\"'"
@@ -105,7 +110,8 @@ def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str]
         faults.extend(found)
         if not found:
             # "+" adds what Hydra does not know yet; every key and group here is known, so it is not needed.
-            good.append(text.lstrip("+") if override.key_or_group in known or override.key_or_group in names else text)
+            plain = with_quoted_home(text)
+            good.append(plain.lstrip("+") if override.key_or_group in known or override.key_or_group in names else plain)
             stated.add(override.key_or_group)
     return good, frozenset(stated), faults
 

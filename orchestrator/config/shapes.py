@@ -6,6 +6,10 @@ import dataclasses
 import importlib.util
 import json
 import re
+import socket
+import textwrap
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,16 +107,33 @@ def _from_folder(path: Path) -> Mapping[str, Any] | Fault:
     return _parse(path / "config.json", "model.path")
 
 
+def _unreachable(endpoint: str) -> bool:
+    """Whether the name of the hub cannot be resolved; the hub client would retry that for some 20 seconds.
+
+    Behind a proxy names are resolved elsewhere, so nothing can be told.
+    """
+    if urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, None)
+    except OSError:
+        return True
+    return False
+
+
 def _from_hub(hub_id: str) -> Mapping[str, Any] | Fault:
     """The config.json of a hub model, from the local cache or the network."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     try:
-        cached = try_to_load_from_cache(hub_id, "config.json")
-        file = cached if isinstance(cached, str) else hf_hub_download(hub_id, "config.json", etag_timeout=5)
+        file = try_to_load_from_cache(hub_id, "config.json")
+        if not isinstance(file, str):
+            if not constants.HF_HUB_OFFLINE and _unreachable(constants.ENDPOINT):
+                raise OSError(f"{constants.ENDPOINT} cannot be reached")
+            file = hf_hub_download(hub_id, "config.json", etag_timeout=5)
     except (OSError, ValueError, RuntimeError) as error:
         # The hub client's errors (offline, gated, unknown id) all derive from these three; their first line tells which.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = textwrap.shorten((str(error).strip() or type(error).__name__).splitlines()[0], 160)
         problem = f"there is no folder {hub_id!r} here, and its config.json cannot be had from the hub: {reason}"
         return Fault("model.path", problem, "give a local folder, choose a model group (model=...), or go online")
     return _parse(Path(file), "model.path")
