@@ -1,0 +1,7 @@
+"""From a spec to a module and its initial values."""
+
+from orchestrator.model.build import architecture, build, table_of
+from orchestrator.model.loss import loss_sum
+from orchestrator.model.weights import open_weights
+
+__all__ = ["architecture", "build", "loss_sum", "open_weights", "table_of"]

@@ -1,0 +1,286 @@
+"""ZeRO: the only file that imports deepspeed.
+
+Attributes of DeepSpeed's optimizers that are read here are those of 0.19.8: runtime/zero/stage_1_and_2.py,
+runtime/zero/stage3.py, runtime/fp16/unfused_optimizer.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from orchestrator.data.batch import MicroBatch
+from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
+from orchestrator.engine.census import measure
+from orchestrator.engine.materialize import cast, fill, materialize, without_storage
+from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
+from orchestrator.layout import Row, lower
+from orchestrator.spec import Home, RunSpec, Shard
+from orchestrator.units import TORCH_NAMES, ceil_div
+
+
+def _import_deepspeed(on_cpu: bool) -> Any:
+    """deepspeed, quiet, and without the shared-memory op that it would compile for ten seconds and never use in training."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if on_cpu:
+        # `deepspeed.comm.torch` as an attribute is torch itself (a star import), so go through sys.modules.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Keep floating-point buffers as they are while DeepSpeed casts the module: a rope table in bf16 moves positions."""
+    kept = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    yield
+    for module, name, buffer in kept:
+        if buffer is not None and buffer.is_floating_point():
+            module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+
+
+class DeepSpeedEngine:
+    """The real `deepspeed.initialize` engine under the JSON that the Layout lowers to.
+
+    Stages 0, 1 and 2 are built without storage and filled whole on each rank, as they must hold them; stage 3 is built
+    inside `zero.Init`, which keeps only this rank's part of each tensor, and each part is filled by itself.
+    """
+
+    def __init__(self, spec: RunSpec, device: torch.device, loss_sum: LossSum) -> None:
+        self.spec, self.device, self.loss_sum = spec, device, loss_sum
+        self.deepspeed = _import_deepspeed(device.type == "cpu")
+        self.deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        self.config = lower(spec)
+        self.compute = getattr(torch, TORCH_NAMES[spec.precision.compute])
+        self.shard = spec.strategy.shard
+        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self.micro_step = 0
+        self.model: nn.Module
+        self.engine: Any
+        self.zero: Any
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside whatever DeepSpeed wrapped around it."""
+        inner: torch.optim.Optimizer = getattr(self.zero, "optimizer", self.zero)
+        return inner
+
+    def building(self) -> AbstractContextManager[object]:
+        if self.shard is not Shard.PARAMETERS:
+            return without_storage()
+        context: AbstractContextManager[object] = self.deepspeed.zero.Init(
+            config_dict_or_path=self.config, dtype=self.compute
+        )
+        return context
+
+    def adopt(self, model: nn.Module, weights: Weights) -> None:
+        if self.shard is Shard.PARAMETERS:
+            self._fill_partitions(model, weights)
+        else:
+            cast(model, lambda parameter: self.compute)
+            materialize(model, self.device)
+            fill(model, weights)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with _buffers_kept(model):
+            self.engine, self.zero, _, _ = self.deepspeed.initialize(
+                model=model,
+                optimizer=make_adamw(trained, self.spec.optimizer),
+                config=self.config,
+                dist_init_required=False,
+            )
+        self.model = model
+        if self.shard is Shard.NONE and self.compute != torch.float32:
+            # The unfused half-precision optimizer steps once on zero gradients while it is made; undo that.
+            self.zero.optimizer.state.clear()
+            self.zero.refresh_fp32_params()
+
+    @torch.no_grad()
+    def _fill_partitions(self, model: nn.Module, weights: Weights) -> None:
+        for name, parameter in model.named_parameters():
+            if not hasattr(parameter, "ds_tensor"):  # made outside zero.Init: adapters, still whole
+                parameter.data = weights.read(name, 0, parameter.numel()).view(parameter.shape).to(self.device, self.compute)
+                continue
+            start, stop = self._partition(parameter)
+            if stop > start:
+                parameter.ds_tensor.data[: stop - start].copy_(weights.read(name, start, stop))
+
+    def _partition(self, parameter: Any) -> tuple[int, int]:
+        """[start, stop) of this rank's part of the flattened parameter; parts are equal, the last is padded."""
+        part = ceil_div(parameter.ds_numel, self.ranks)
+        return min(self.rank * part, parameter.ds_numel), min((self.rank + 1) * part, parameter.ds_numel)
+
+    def forward_backward(self, batch: MicroBatch, labelled: int, *, last: bool, learn: bool = True) -> torch.Tensor:
+        self.engine.train(learn)
+        with torch.set_grad_enabled(learn):
+            loss = self.loss_sum(self.engine, batch)
+        if learn:
+            # DeepSpeed averages over the ranks; the contract wants the sum, and no division by the accumulation.
+            self.engine.backward(loss * (self.ranks / labelled), scale_wrt_gas=False)
+            if not last:
+                self.engine.step()  # inside an accumulation this only counts the micro-batch
+        return loss.detach()
+
+    def step(self, lr: float) -> StepResult:
+        set_lr(self.optimizer, lr)
+        if self.shard is Shard.NONE and self.compute == torch.float32:
+            return self._step_unsharded_fp32()
+        skipped = self.engine.skipped_steps
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        grad_norm = math.nan if norm is None else float(norm)
+        finite = self.engine.skipped_steps == skipped and math.isfinite(grad_norm) and grad_norm >= 0
+        return StepResult(grad_norm if finite else math.nan, finite)
+
+    def _step_unsharded_fp32(self) -> StepResult:
+        """Stage 0 in fp32 runs the bare optimizer and would apply a non-finite gradient: look before it does."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        finite = math.isfinite(grad_norm)
+        if not finite:
+            for gradient in gradients:
+                gradient.zero_()
+            set_lr(self.optimizer, 0.0)
+        self.engine.step()
+        return StepResult(grad_norm, finite)
+
+    # The training state ------------------------------------------------------------------------------------------
+
+    def _trained(self) -> Iterator[tuple[str, Any]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The fp32 tensors that AdamW updates, as it knows them."""
+        if self.shard is Shard.PARAMETERS:
+            return list(self.zero.fp32_partitioned_groups_flat)
+        if self.shard is not Shard.NONE:
+            return list(self.zero.single_partition_of_fp32_groups)
+        if self.compute != torch.float32:
+            return [master for group in self.zero.fp32_groups for master in group]
+        return [parameter for _, parameter in self._trained()]
+
+    def _fragments(self) -> Iterator[tuple[str, Any, torch.Tensor, int, int, int]]:
+        """(name, parameter, master that holds it, offset in the master, offset in the parameter, elements) on this rank."""
+        masters = self._masters()
+        if self.shard is Shard.NONE:
+            for (name, parameter), master in zip(self._trained(), masters, strict=True):
+                yield name, parameter, master, 0, 0, parameter.numel()
+        elif self.shard is Shard.PARAMETERS:
+            for name, parameter in self._trained():
+                group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                start, stop = self._partition(parameter)
+                if stop > start:
+                    yield name, parameter, masters[group], offset, start, stop - start
+        else:
+            for name, parameter in self._trained():
+                fragment = parameter._hp_mapping
+                if fragment is not None:
+                    address, own = fragment.get_hp_fragment_address(), fragment.lp_fragment_address
+                    yield name, parameter, masters[fragment.param_group_index], address.start, own.start, own.numel
+
+    def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
+        scale = float(getattr(self.zero, "cur_scale", 1.0)) if self.compute == torch.float16 else 1.0
+        return self._pieces(), {"optimizer_steps": steps_taken(self.optimizer), "loss_scale": scale}
+
+    def _pieces(self) -> Iterator[Piece]:
+        owned = self.shard is not Shard.NONE or self.rank == 0
+        for name, parameter, master, offset, start, count in self._fragments():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            state = self.optimizer.state.get(master, {})
+            tensors = {"weight": master.detach(), **{kind: state.get(kind) for kind in MOMENTS}}
+            for kind, tensor in tensors.items():
+                if tensor is not None:
+                    yield Piece(name, kind, shape, start, tensor.reshape(-1).narrow(0, offset, count), owned)
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
+        steps = int(scalars["optimizer_steps"])
+        if steps:
+            for master in self._masters():
+                self.optimizer.state[master] = fresh_state(master, steps)
+        for name, _, master, offset, start, count in self._fragments():
+            state = self.optimizer.state.get(master, {})
+            for kind, tensor in {"weight": master.detach(), **{kind: state.get(kind) for kind in MOMENTS}}.items():
+                if tensor is not None:
+                    tensor.view(-1).narrow(0, offset, count).copy_(read(name, kind, start, start + count))
+        self._publish(read)
+        if self.compute == torch.float16 and hasattr(self.zero, "loss_scaler"):
+            self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
+
+    def _publish(self, read: Callable[[str, str, int, int], torch.Tensor]) -> None:
+        """Bring the working copies of the weights up to the masters that were just read."""
+        for name, parameter in self._trained():
+            if self.shard is Shard.PARAMETERS:
+                start, stop = self._partition(parameter)
+                parameter.ds_tensor.data[: stop - start].copy_(read(name, "weight", start, stop))
+            else:
+                parameter.copy_(read(name, "weight", 0, parameter.numel()).view(parameter.shape))
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._trained():
+            gathered = contextlib.nullcontext()
+            if self.shard is Shard.PARAMETERS:
+                gathered = self.deepspeed.zero.GatheredParameters([parameter])
+            with gathered:
+                whole = parameter.detach().to("cpu", copy=True) if self.rank == 0 else torch.empty(0, dtype=self.compute)
+            yield name, whole
+
+    # What is live --------------------------------------------------------------------------------------------------
+
+    def census(self) -> tuple[Row, ...]:
+        line = "adapters" if any("lora_" in name for name, _ in self._trained()) else "weights"
+        strategy = self.spec.strategy
+        optimizer_home, zero = strategy.optimizer_home, self.zero
+        parameters = list(self.model.parameters())
+        frozen = [p for p in parameters if not p.requires_grad]
+        masters = self._masters()
+        moments = [state.get(kind) for state in self.optimizer.state.values() for kind in MOMENTS]
+        leaf_gradients = [p.grad for p in parameters]
+        if self.shard is Shard.PARAMETERS:
+            return measure(
+                [
+                    ("frozen", strategy.parameter_home, [p.ds_tensor for p in frozen]),
+                    (line, strategy.parameter_home, [p.ds_tensor for p in parameters if p.requires_grad]),
+                    ("persistent", Home.GPU, [p.data for p in parameters if p.numel()]),
+                    ("master", optimizer_home, masters),
+                    ("moments", optimizer_home, moments),
+                    ("gradients", optimizer_home, [zero.grad_partitions_flat_buffer, *(m.grad for m in masters)]),
+                    ("gradients", Home.GPU, leaf_gradients),
+                    ("bucket", Home.GPU, [bucket.buffer for bucket in zero.ipg_buckets.values()]),
+                ]
+            )
+        rows = [
+            ("frozen", Home.GPU, frozen),
+            (line, Home.GPU, [p for p in parameters if p.requires_grad]),
+            ("master", optimizer_home, masters),
+            ("moments", optimizer_home, moments),
+        ]
+        if optimizer_home is not Home.GPU:
+            staging = [*zero.param_buffer_of_bit16_for_cpu_offload_groups, zero.temp_grad_buffer_for_cpu_offload]
+            rows.append(("staging", optimizer_home, staging))
+            rows.append(("staging", Home.GPU, [zero.temp_grad_buffer_for_gpu_offload]))
+            accumulated = list(zero.accumulated_grads_in_cpu.values())
+            rows.append(("gradients", optimizer_home, [*(m.grad for m in masters), *accumulated]))
+            rows.append(("gradients", Home.GPU, leaf_gradients))
+        else:
+            rows.append(("gradients", Home.GPU, [*leaf_gradients, *(m.grad for m in masters)]))
+        if self.shard is not Shard.NONE:
+            rows.append(("bucket", Home.GPU, [buffer for bucket in zero.ipg_buckets.values() for buffer in bucket.buffer]))
+        return measure(rows)
+
+    def close(self) -> None:
+        self.engine.destroy()
+        del self.engine, self.zero, self.model

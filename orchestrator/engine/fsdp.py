@@ -1,0 +1,207 @@
+"""FSDP2: the only file that calls `fully_shard`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from orchestrator.data.batch import MicroBatch
+from orchestrator.engine import materialize
+from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
+from orchestrator.engine.census import local, measure
+from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
+from orchestrator.engine.scaling import LossScale
+from orchestrator.errors import Fault, ModelError
+from orchestrator.layout import Row, lower
+from orchestrator.spec import Home, RunSpec
+from orchestrator.units import TORCH_NAMES
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order: the modules that transformers itself says must not be split.
+
+    Raises:
+        ModelError: the model class names none.
+    """
+    names: set[str] = set()
+    for module in model.modules():
+        names |= set(getattr(module, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise ModelError(
+            Fault("model", f"{type(model).__name__} names no transformer block (_no_split_modules)", "use zero=stage3 instead")
+        )
+    return found
+
+
+def _rows_before(tensor: DTensor, ranks: int, position: int) -> tuple[int, int]:
+    """(offset, elements) of this rank's run in the flattened parameter: torch.chunk over dim 0, row-major."""
+    rows, rest = tensor.shape[0], math.prod(tensor.shape[1:])
+    stride = -(-rows // ranks)
+    first = min(rows, position * stride)
+    return first * rest, (min(rows, first + stride) - first) * rest
+
+
+class FsdpEngine:
+    """Trainable parameters rest in fp32, sharded over `dp_shard`; they are their own master. Every micro-batch reduces its
+    gradients into fp32 shards, so accumulation costs communication, never memory."""
+
+    def __init__(self, spec: RunSpec, device: torch.device, loss_sum: LossSum) -> None:
+        self.spec, self.device, self.loss_sum = spec, device, loss_sum
+        self.policy = lower(spec)
+        self.home = Home(self.policy["offload"]["device"])
+        self.compute = getattr(torch, TORCH_NAMES[spec.precision.compute])
+        self.scale = LossScale.for_dtype(spec.precision.compute)
+        self.mesh = self._mesh()
+        self.shard_axis = self.mesh["dp_shard"]
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+
+    def _mesh(self) -> DeviceMesh:
+        shape = self.policy["mesh"]
+        return init_device_mesh(
+            self.device.type, (shape["dp_replicate"], shape["dp_shard"]), mesh_dim_names=("dp_replicate", "dp_shard")
+        )
+
+    def building(self) -> AbstractContextManager[object]:
+        return materialize.without_storage()
+
+    def adopt(self, model: nn.Module, weights: Weights) -> None:
+        # Reads top to bottom: dtypes at rest, blocks, root, storage, values, optimizer.
+        materialize.cast(model, lambda parameter: torch.float32 if parameter.requires_grad else self.compute)
+        offload: OffloadPolicy = OffloadPolicy()
+        if self.home is not Home.GPU:
+            offload = CPUOffloadPolicy(pin_memory=self.policy["offload"]["pin_memory"])
+        settings: dict[str, Any] = {
+            "mesh": self.mesh if self.mesh["dp_replicate"].size() > 1 else self.shard_axis,
+            "reshard_after_forward": self.policy["reshard_after_forward"],
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32),
+            "offload_policy": offload,
+        }
+        for block in blocks(model):
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)
+        resting = self.device if self.home is Home.GPU else torch.device("cpu")
+        materialize.materialize(model, resting, self.device)
+        self.model = model
+        self._fill(weights)
+        self.optimizer = make_adamw([p for _, p in self._trained()], self.spec.optimizer)
+
+    @torch.no_grad()
+    def _fill(self, weights: Weights) -> None:
+        for name, parameter in self.model.named_parameters():
+            start, count = self._run(parameter)
+            if count:
+                shard = local(parameter)
+                shard.copy_(weights.read(name, start, start + count).view(shard.shape))
+
+    def _run(self, parameter: torch.Tensor) -> tuple[int, int]:
+        return _rows_before(cast(DTensor, parameter), self.shard_axis.size(), self.shard_axis.get_local_rank())
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+    def forward_backward(self, batch: MicroBatch, labelled: int, *, last: bool, learn: bool = True) -> torch.Tensor:
+        self.model.train(learn)
+        with torch.set_grad_enabled(learn):
+            loss = self.loss_sum(self.model, batch)
+        if learn:
+            # FSDP averages over the data-parallel ranks; the contract wants the sum.
+            (loss * (self.scale.value * self.spec.strategy.dp / labelled)).backward()
+        else:
+            self._reshard()
+        return loss.detach()
+
+    def _reshard(self) -> None:
+        """Free what a forward without a backward leaves gathered."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        gradients = [local(p.grad) for _, p in self._trained() if p.grad is not None]
+        grad_norm = self._norm(gradients) / self.scale.value
+        finite = math.isfinite(grad_norm)
+        if finite:
+            clip = self.spec.optimizer.clip
+            factor = min(1.0, clip / (grad_norm + 1e-6)) if clip > 0 else 1.0
+            factor /= self.scale.value
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.update(finite)
+        return StepResult(grad_norm, finite)
+
+    def _norm(self, gradients: list[torch.Tensor]) -> float:
+        """Norm of the whole gradient: squares of the local shards, added up over the shard axis alone."""
+        own = [g for g in gradients if g.numel()]
+        square = torch.nn.utils.get_total_norm(own).float().square() if own else torch.zeros(())
+        square = square.to(self.device)
+        dist.all_reduce(square, group=self.shard_axis.get_group())
+        return math.sqrt(float(square)) if math.isfinite(float(square)) else math.nan
+
+    def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
+        scalars = {"optimizer_steps": steps_taken(self.optimizer), "loss_scale": self.scale.value}
+        return self._pieces(), scalars
+
+    def _pieces(self) -> Iterator[Piece]:
+        owned = self.mesh["dp_replicate"].get_local_rank() == 0
+        for name, parameter in self._trained():
+            start, count = self._run(parameter)
+            if not count:
+                continue
+            state = self.optimizer.state[parameter]
+            tensors = {"weight": parameter.detach(), **{kind: state.get(kind) for kind in MOMENTS}}
+            for kind, tensor in tensors.items():
+                if tensor is not None:
+                    yield Piece(name, kind, tuple(parameter.shape), start, local(tensor).reshape(-1), owned)
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
+        steps = int(scalars["optimizer_steps"])
+        self.scale.value = scalars["loss_scale"] if self.scale.dynamic else 1.0
+        for name, parameter in self._trained():
+            start, count = self._run(parameter)
+            state = fresh_state(parameter, steps) if steps else {}
+            for kind, tensor in {"weight": parameter, **{kind: state.get(kind) for kind in MOMENTS}}.items():
+                if tensor is not None and count:
+                    shard = local(tensor.detach())
+                    shard.copy_(read(name, kind, start, start + count).view(shard.shape))
+            if state:
+                self.optimizer.state[parameter] = state
+
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._trained():
+            sharded = cast(DTensor, parameter.detach())
+            if self.home is not Home.GPU:
+                sharded = sharded.to(self.device)
+            whole = sharded.full_tensor().to(self.compute)
+            yield name, whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
+
+    def census(self) -> tuple[Row, ...]:
+        trained = [p for _, p in self._trained()]
+        line = "adapters" if any("lora_" in name for name, _ in self._trained()) else "weights"
+        moments = [state.get(kind) for state in self.optimizer.state.values() for kind in MOMENTS]
+        return measure(
+            [
+                ("frozen", self.home, [p for p in self.model.parameters() if not p.requires_grad]),
+                (line, self.home, trained),
+                ("moments", self.home, moments),
+                ("gradients", self.home, [p.grad for p in self.model.parameters()]),
+            ]
+        )
+
+    def close(self) -> None:
+        del self.optimizer, self.model

@@ -1,0 +1,221 @@
+"""ZeRO: what each stage keeps on a rank, and the DeepSpeed JSON that makes it so.
+
+Read from deepspeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/zero/config.py,
+runtime/fp16/unfused_optimizer.py. Every knob that costs memory is written out; nothing is "auto".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.layout.rows import STEPPED, Buffer, Row
+from orchestrator.spec import ZERO_STAGES, Batch, Buckets, Engine, Home, Parameter, RunSpec, Shard, Strategy
+from orchestrator.units import align_up, ceil_div, dtype_bytes
+
+NEVER = 2**31 - 1
+FLAT_ALIGNMENT = 2  # nccl_start_alignment_factor, elements per rank (stage_1_and_2.py)
+MASTER = "fp32"
+
+
+def _buckets(strategy: Strategy) -> Buckets:
+    assert strategy.buckets is not None, "a DeepSpeed strategy carries its buckets"
+    return strategy.buckets
+
+
+def _split(table: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter], str]:
+    """Trainable parameters, frozen ones, and the line that the trainable ones are shown under."""
+    trainable = [p for p in table if p.trainable]
+    return trainable, [p for p in table if not p.trainable], "adapters" if any(p.adapter for p in trainable) else "weights"
+
+
+def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int, rank: int) -> tuple[Row, ...]:
+    """Every tensor class at rest on rank `rank`. ZeRO pads its partitions, so ranks are alike but for accumulated gradients."""
+    trainable, frozen, line = _split(table)
+    if strategy.shard is Shard.PARAMETERS:
+        return _stage3_rows(strategy, trainable, frozen, line, compute)
+    if strategy.shard is Shard.NONE:
+        return _stage0_rows(trainable, frozen, line, compute)
+    at_rest = _stage12_rows(strategy, trainable, frozen, line, compute)
+    if strategy.shard is Shard.GRADIENTS and strategy.optimizer_home is not Home.GPU and accumulation > 1:
+        whole = _touched(trainable, strategy.dp_shard, rank)
+        at_rest += (Row("gradients", compute, strategy.optimizer_home, whole, strategy.dp_shard, since=STEPPED),)
+    return at_rest
+
+
+def _touched(trainable: list[Parameter], ranks: int, rank: int) -> int:
+    """Elements of the parameters that reach into this rank's partition of the flat buffer, each counted whole.
+
+    Stage 2 with its optimizer offloaded adds up micro-batches in one host buffer for each of them and keeps it
+    (stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu: accumulated_grads_in_cpu).
+    """
+    part = align_up(sum(p.numel for p in trainable), FLAT_ALIGNMENT * ranks) // ranks
+    first, last, offset, whole = rank * part, (rank + 1) * part, 0, 0
+    for parameter in trainable:
+        if offset < last and offset + parameter.numel > first:
+            whole += parameter.numel
+        offset += parameter.numel
+    return whole
+
+
+def _stage0_rows(trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str) -> tuple[Row, ...]:
+    total = sum(p.numel for p in trainable)
+    base = [
+        Row("frozen", compute, Home.GPU, sum(p.numel for p in frozen)),
+        Row(line, compute, Home.GPU, total),
+        Row("moments", MASTER, Home.GPU, 2 * total, since=STEPPED),
+    ]
+    return tuple(base if compute == MASTER else [*base, Row("master", MASTER, Home.GPU, total)])
+
+
+def _stage12_rows(
+    strategy: Strategy, trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str
+) -> tuple[Row, ...]:
+    """One flat buffer of all trainable parameters; this rank's fp32 partition of it is a clone, also in fp32 runs."""
+    ranks, home = strategy.dp_shard, strategy.optimizer_home
+    total = sum(p.numel for p in trainable)
+    flat = align_up(total, FLAT_ALIGNMENT * ranks)
+    part = flat // ranks
+    padding = flat - total
+    base = [
+        Row("frozen", compute, Home.GPU, sum(p.numel for p in frozen)),
+        Row(line, compute, Home.GPU, flat, padding=padding),
+        Row("master", MASTER, home, part, ranks, padding),
+        Row("moments", MASTER, home, 2 * part, ranks, 2 * padding, since=STEPPED),
+    ]
+    if home is Home.GPU:
+        return tuple(base)
+    largest = max(p.numel for p in trainable)
+    return (
+        *base,
+        Row("gradients", MASTER, home, part, ranks, padding),
+        Row("staging", compute, home, part + largest, ranks),  # param_buffer_of_bit16_…, temp_grad_buffer_for_cpu_offload
+        Row("staging", compute, Home.GPU, largest),  # temp_grad_buffer_for_gpu_offload
+    )
+
+
+def _stage3_rows(
+    strategy: Strategy, trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str
+) -> tuple[Row, ...]:
+    """Each parameter is split in `dp_shard` equal parts, padded one by one; small ones also stay whole on every rank."""
+    ranks, buckets = strategy.dp_shard, _buckets(strategy)
+    optimizer_home, parameter_home = strategy.optimizer_home, strategy.parameter_home
+    own = sum(ceil_div(p.numel, ranks) for p in trainable)
+    own_frozen = sum(ceil_div(p.numel, ranks) for p in frozen)
+    padding = own * ranks - sum(p.numel for p in trainable)
+    kept_whole = sum(p.numel for p in (*trainable, *frozen) if p.numel <= buckets.persistence)
+    base = [
+        Row("frozen", compute, parameter_home, own_frozen, ranks),
+        Row(line, compute, parameter_home, own, ranks, padding),
+        Row("persistent", compute, Home.GPU, kept_whole, since=STEPPED),
+        Row("master", MASTER, optimizer_home, own, ranks, padding),
+        Row("moments", MASTER, optimizer_home, 2 * own, ranks, 2 * padding, since=STEPPED),
+        Row("gradients", compute, optimizer_home, own, ranks, padding),  # grad_partitions_flat_buffer
+        Row("bucket", compute, Home.GPU, buckets.reduce),  # IPGBucketZ3.buffer
+    ]
+    if optimizer_home is not Home.GPU:
+        base.append(Row("gradients", MASTER, optimizer_home, own, ranks, padding))  # fp32_partitioned_groups_flat[i].grad
+    return tuple(base)
+
+
+def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int) -> tuple[Buffer, ...]:
+    """What comes and goes inside a step, from the library's source; activations are the rehearsal's business."""
+    trainable, _, _ = _split(table)
+    total, size, knobs = sum(p.numel for p in trainable), dtype_bytes(compute), _buckets(strategy)
+    ranks = strategy.dp_shard
+    backward, step = ("backward",), ("step",)
+    if strategy.shard is Shard.PARAMETERS:
+        live = min(sum(p.numel for p in table), knobs.max_live + knobs.prefetch)
+        return (Buffer("gathered", Home.GPU, live * size, ("forward", *backward), "stage3.py max_live_parameters, prefetch"),)
+    if strategy.shard is Shard.NONE:
+        return (Buffer("gradients", Home.GPU, total * size, (*backward, *step), "engine.py allreduce_gradients"),)
+    part = align_up(total, FLAT_ALIGNMENT * ranks) // ranks
+    bucket = knobs.reduce * size * (2 if knobs.overlap_comm else 1)
+    held = part if strategy.shard is Shard.GRADIENTS and accumulation == 1 else total
+    offloaded = strategy.optimizer_home is not Home.GPU
+    moving = [Buffer("bucket", Home.GPU, bucket, backward, "stage_1_and_2.py setup_buckets")]
+    if not offloaded:
+        moving.append(Buffer("gradients", Home.GPU, held * size, (*backward, *step), "stage_1_and_2.py averaged_gradients"))
+        moving.append(Buffer("gradients", Home.GPU, part * 4, step, "stage_1_and_2.py single_grad_partition"))
+    return tuple(moving)
+
+
+def lower(spec: RunSpec) -> dict[str, Any]:
+    """The DeepSpeed JSON of a spec, as `deepspeed.initialize`, transformers' Trainer and accelerate take it."""
+    strategy, knobs, compute = spec.strategy, _buckets(spec.strategy), spec.precision.compute
+    zero: dict[str, Any] = {
+        "stage": strategy.stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "overlap_comm": knobs.overlap_comm,
+        "reduce_bucket_size": knobs.reduce,
+        "allgather_partitions": True,
+        "allgather_bucket_size": knobs.allgather,
+        "round_robin_gradients": False,
+        "sub_group_size": knobs.sub_group,
+    }
+    if strategy.shard is Shard.PARAMETERS:
+        zero |= {
+            "stage3_prefetch_bucket_size": knobs.prefetch,
+            "stage3_param_persistence_threshold": knobs.persistence,
+            "stage3_max_live_parameters": knobs.max_live,
+            "stage3_max_reuse_distance": knobs.max_reuse,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+    for key, home in (("offload_optimizer", strategy.optimizer_home), ("offload_param", strategy.parameter_home)):
+        if home is not Home.GPU:
+            zero[key] = {"device": str(home), "pin_memory": strategy.pin_memory}
+    return {
+        "train_batch_size": spec.batch.global_size,
+        "train_micro_batch_size_per_gpu": spec.batch.micro,
+        "gradient_accumulation_steps": spec.batch.accumulation,
+        "gradient_clipping": spec.optimizer.clip,
+        "bf16": {"enabled": compute == "bf16"},
+        "fp16": {
+            "enabled": compute == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        "data_types": {"grad_accum_dtype": compute},
+        "communication_data_type": compute,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+    }
+
+
+def read_back(lowered: Mapping[str, Any]) -> tuple[Strategy, Batch, str, float]:
+    """(strategy, batch, compute dtype, gradient clip) that a lowered JSON stands for; the inverse of `lower`.
+
+    What a stage does not use (the stage-3 knobs under stage 2) reads back as the default.
+    """
+    zero, defaults = lowered["zero_optimization"], Buckets()
+    homes = {key: Home(zero[key]["device"]) if key in zero else Home.GPU for key in ("offload_optimizer", "offload_param")}
+    batch = Batch(
+        lowered["train_batch_size"], lowered["train_micro_batch_size_per_gpu"], lowered["gradient_accumulation_steps"]
+    )
+    strategy = Strategy(
+        engine=Engine.DEEPSPEED,
+        shard=ZERO_STAGES[zero["stage"]],
+        dp_shard=batch.global_size // (batch.micro * batch.accumulation),
+        optimizer_home=homes["offload_optimizer"],
+        parameter_home=homes["offload_param"],
+        pin_memory=any(zero[key]["pin_memory"] for key in homes if key in zero),
+        buckets=Buckets(
+            reduce=zero["reduce_bucket_size"],
+            allgather=zero["allgather_bucket_size"],
+            prefetch=zero.get("stage3_prefetch_bucket_size", defaults.prefetch),
+            persistence=zero.get("stage3_param_persistence_threshold", defaults.persistence),
+            max_live=zero.get("stage3_max_live_parameters", defaults.max_live),
+            max_reuse=zero.get("stage3_max_reuse_distance", defaults.max_reuse),
+            sub_group=zero["sub_group_size"],
+            overlap_comm=zero["overlap_comm"],
+        ),
+    )
+    compute = next((name for name in ("bf16", "fp16") if lowered[name]["enabled"]), "fp32")
+    return strategy, batch, compute, lowered["gradient_clipping"]

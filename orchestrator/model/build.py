@@ -1,0 +1,97 @@
+"""The module to train: the architecture, recompute, and adapters; without weights."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.errors import Fault, ModelError
+from orchestrator.model.location import resolve
+from orchestrator.spec import ROOT, Parameter, RunSpec, to_json
+from orchestrator.units import TORCH_NAMES
+
+_BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+
+
+def architecture(spec: RunSpec) -> Any:
+    """The transformers config of the spec's model: read from its folder, or made from its shape for random weights.
+
+    Raises:
+        ModelError: the folder's config is not of a causal language model that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    if spec.model.path is None:
+        assert spec.model.shape is not None, "a model without a path has a shape (checked in compose)"
+        fields = {name: value for name, value in to_json(spec.model.shape).items() if name != "model_type"}
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+        return AutoConfig.for_model(spec.model.shape.model_type, **fields)
+    try:
+        return AutoConfig.from_pretrained(resolve(spec.model), trust_remote_code=spec.model.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise ModelError(Fault("model.path", f"{spec.model.path}: {str(error).splitlines()[0]}", "give a causal model")) from error
+
+
+def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
+    """The module, made inside `building` (the engine's context), adapters included; its parameters hold no values yet.
+
+    Raises:
+        ModelError: transformers has no causal language model of this kind, or a LoRA target is not in it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = architecture(spec)
+    with building, no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation="sdpa",
+            dtype=getattr(torch, TORCH_NAMES[spec.precision.compute]),
+            trust_remote_code=spec.model.trust_remote_code,
+        )
+    model.tie_weights()
+    model.config.use_cache = False
+    if spec.recompute == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.tuning.kind == "lora":
+        model = _with_adapters(model, spec)
+    return model  # type: ignore[no-any-return]
+
+
+def _with_adapters(model: Any, spec: RunSpec) -> Any:
+    """The model wrapped by PEFT, adapters in the compute dtype; they are made outside the engine's context."""
+    from peft import LoraConfig, get_peft_model
+
+    tuning = spec.tuning
+    lora = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=list(tuning.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=spec.model.path,
+    )
+    if spec.recompute == "full":
+        model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    except ValueError as error:
+        modules = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            Fault("tuning.targets", f"{', '.join(tuning.targets)}: {str(error).splitlines()[0]}", f"linear: {', '.join(modules)}")
+        ) from error
+
+
+def table_of(model: nn.Module) -> tuple[Parameter, ...]:
+    """The parameters of a built module, with global shapes whatever the engine did to them."""
+    table = []
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        match = _BLOCK.search(f".{name}")
+        block = int(match.group(1)) if match else ROOT
+        table.append(Parameter(name, shape, block, parameter.requires_grad, "lora_" in name))
+    return tuple(table)

@@ -1,0 +1,181 @@
+"""Initial values of parameters, read a slice at a time, so that no rank holds more than it keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from orchestrator.errors import Fault, ModelError
+from orchestrator.model.location import resolve
+from orchestrator.spec import Parameter, RunSpec
+
+INITIAL_STD = 0.02  # initializer_range of every supported family
+
+
+def base_name(name: str) -> str:
+    """The name in a checkpoint of a parameter of a PEFT-wrapped module: without PEFT's prefix and ".base_layer"."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class _Source(Protocol):
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+
+class RandomWeights:
+    """Values that are a function of (seed, name) alone: equal on every rank, under every engine.
+
+    Norm weights are one (zero in Gemma, which adds one), biases zero, everything else normal with standard deviation 0.02.
+    """
+
+    def __init__(self, table: Sequence[Parameter], seed: int, model_type: str) -> None:
+        self._shapes = {base_name(p.name): p.shape for p in table}
+        self._seed, self._norm = seed, 0.0 if model_type == "gemma" else 1.0
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._whole(name))
+        return self._last[1][start:stop]
+
+    def _whole(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else self._norm)
+        return torch.empty(math.prod(shape)).normal_(0.0, INITIAL_STD, generator=_generator(self._seed, name))
+
+
+class AdapterWeights:
+    """LoRA's initial values (arXiv:2106.09685, §4.1; peft/tuners/lora/layer.py reset_lora_parameters): A uniform as
+    `nn.Linear`'s default, B zero; a function of (seed, name) alone."""
+
+    def __init__(self, table: Sequence[Parameter], seed: int) -> None:
+        self._shapes = {p.name: p.shape for p in table if p.adapter}
+        self._seed = seed
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        rows, columns = self._shapes[name]
+        if ".lora_B." in name:
+            return torch.zeros(stop - start)
+        bound = 1.0 / math.sqrt(columns)
+        whole = torch.empty(rows * columns).uniform_(-bound, bound, generator=_generator(self._seed, name))
+        return whole[start:stop]
+
+
+class SafetensorsWeights:
+    """The tensors of a Hugging Face folder, memory-mapped; only the rows that are asked for are read."""
+
+    def __init__(self, folder: Path, table: Sequence[Parameter]) -> None:
+        self._folder = folder
+        self._files = _index(folder)
+        self._open: dict[str, Any] = {}
+        self._names = self._match([p for p in table if not p.adapter])
+
+    def _match(self, table: Sequence[Parameter]) -> dict[str, str]:
+        """Parameter name to tensor name in the files. A checkpoint of the headless model lacks the "model." prefix.
+
+        Raises:
+            ModelError: tensors are missing or have other shapes; the first few are named.
+        """
+        names: dict[str, str] = {}
+        faults: list[str] = []
+        for parameter in table:
+            name = base_name(parameter.name)
+            stored = next((c for c in (name, name.removeprefix("model.")) if c in self._files), None)
+            if stored is None:
+                faults.append(f"{name} is missing")
+                continue
+            shape = tuple(self._slice(stored).get_shape())
+            if shape != parameter.shape:
+                faults.append(f"{name} has shape {list(shape)}, the config says {list(parameter.shape)}")
+            names[name] = stored
+        if faults:
+            more = f" … and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise ModelError(
+                Fault("model.path", f"{self._folder}: {'; '.join(faults[:3])}{more}",
+                      "the weights must belong to the config.json beside them: save both with save_pretrained")
+            )  # fmt: skip
+        return names
+
+    def _slice(self, stored: str) -> Any:
+        from safetensors import safe_open
+
+        file = self._files[stored]
+        if file not in self._open:
+            self._open[file] = safe_open(self._folder / file, framework="pt")
+        return self._open[file].get_slice(stored)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        piece = self._slice(self._names[name])
+        width = math.prod(piece.get_shape()[1:])
+        first, last = start // width, -(-stop // width)
+        rows: torch.Tensor = piece[first:last]
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor name to file name.
+
+    Raises:
+        ModelError: no safetensors in the folder, or a file of its index is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    listing = folder / "model.safetensors.index.json"
+    try:
+        if listing.is_file():
+            files: dict[str, str] = json.loads(listing.read_text())["weight_map"]
+            missing = sorted({file for file in files.values() if not (folder / file).is_file()})
+            if missing:
+                raise ModelError(
+                    Fault("model.path", f"{folder}: {len(missing)} files of the index are missing, first {missing[0]}",
+                          "download the folder again")
+                )  # fmt: skip
+            return files
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise ModelError(
+                Fault("model.path", f"{folder} holds no *.safetensors",
+                      "load it once with transformers and call save_pretrained: pickled weights (*.bin) are never opened")
+            )  # fmt: skip
+        return {name: file.name for file in found for name in safe_open(file, framework="pt").keys()}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(Fault("model.path", f"{folder}: damaged weights ({error})", "download the folder again")) from error
+
+
+class InitialWeights:
+    """What a run starts from: adapters from the seed, everything else from the model's files or from the seed."""
+
+    def __init__(self, base: _Source, adapters: AdapterWeights) -> None:
+        self._base, self._adapters = base, adapters
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter, in the source's dtype."""
+        if ".lora_A." in name or ".lora_B." in name:
+            return self._adapters.read(name, start, stop)
+        return self._base.read(base_name(name), start, stop)
+
+
+def open_weights(spec: RunSpec, table: Sequence[Parameter]) -> InitialWeights:
+    """The initial values of the parameters in `table` (from `table_of`).
+
+    Raises:
+        ModelError: the files do not hold what the table needs.
+    """
+    base: _Source
+    if spec.model.path is None:
+        assert spec.model.shape is not None, "a model without a path has a shape (checked in compose)"
+        base = RandomWeights(table, spec.seed, spec.model.shape.model_type)
+    else:
+        base = SafetensorsWeights(resolve(spec.model), table)
+    return InitialWeights(base, AdapterWeights(table, spec.seed))

@@ -1,0 +1,118 @@
+"""The cases of the contract suite: one strategy, one tuning, one precision, one accumulation each; and their batches."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from orchestrator import spec as s
+from orchestrator.data.batch import IGNORED, MicroBatch
+
+SHAPE = s.ModelShape(
+    model_type="llama", vocab_size=257, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, max_position_embeddings=64, tie_word_embeddings=False,
+)  # fmt: skip
+"""Odd sizes on purpose: 257 and 48 do not divide evenly by 4 ranks, so every padding rule is exercised."""
+
+GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
+SHORT_STEP = 2
+"""In this step only three samples are real: whole micro-batches of some ranks learn nothing."""
+
+BUCKETS = s.Buckets(reduce=20_000, allgather=20_000, prefetch=10_000, persistence=100, max_live=50_000, max_reuse=50_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    strategy: str
+    tuning: str
+    compute: str
+    accumulation: int
+    tied: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-{self.tuning}-{self.compute}-x{self.accumulation}{'-tied' if self.tied else ''}"
+
+
+def strategies(ranks: int) -> dict[str, s.Strategy]:
+    """Every strategy that exists on `ranks` ranks."""
+    cpu = s.Home.CPU
+    found: dict[str, s.Strategy] = {}
+    for stage, shard in s.ZERO_STAGES.items():
+        zero = s.Strategy(s.Engine.DEEPSPEED, shard, dp_shard=ranks, buckets=BUCKETS)
+        found[f"zero{stage}"] = zero
+        if stage:
+            found[f"zero{stage}_optimizer"] = replace(zero, optimizer_home=cpu)
+        if stage == 3:
+            found["zero3_cpu"] = replace(zero, optimizer_home=cpu, parameter_home=cpu)
+    fsdp = s.Strategy(s.Engine.FSDP, s.Shard.PARAMETERS, dp_shard=ranks)
+    found["full_shard"] = fsdp
+    found["full_shard_cpu"] = replace(fsdp, optimizer_home=cpu, parameter_home=cpu)
+    found["shard_grad_op"] = replace(fsdp, reshard_after_forward=False)
+    found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
+    return found
+
+
+def all_cases(ranks: int) -> list[Case]:
+    """The whole product on two ranks; on four, fp32 without accumulation, and tied embeddings."""
+    names = strategies(ranks)
+    if ranks == 2:
+        return [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
+    plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
+    return plain + [Case(name, "full", "fp32", 1, tied=True) for name in ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")]
+
+
+def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
+    """The spec of a case; `strategy` plain gives its reference, which takes the whole global batch in one forward."""
+    strategy = strategy or strategies(ranks)[case.strategy]
+    micro = GLOBAL_SIZE // (ranks * case.accumulation)
+    batch = s.Batch(GLOBAL_SIZE, micro, case.accumulation)
+    if strategy.engine is s.Engine.PLAIN:
+        batch = s.Batch(GLOBAL_SIZE, GLOBAL_SIZE, 1)
+    lora = s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
+    card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
+    return s.RunSpec(
+        run=s.Run(None, STEPS, 1), seed=SEED,
+        model=s.Model("small", None, False, replace(SHAPE, tie_word_embeddings=case.tied)),
+        tuning=lora if case.tuning == "lora" else s.Tuning("full"), strategy=strategy, batch=batch,
+        data=s.Data(None, 32), optimizer=s.Optimizer("adamw", lr=5e-3, weight_decay=0.01, clip=0.5),
+        schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
+        cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
+        export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
+    )  # fmt: skip
+
+
+def samples(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels) of the global batch of a step: lengths 5 to 32, a random part of each sample is learned."""
+    generator = torch.Generator().manual_seed(100 + step)
+    result = []
+    for _ in range(3 if step == SHORT_STEP else GLOBAL_SIZE):
+        length = int(torch.randint(5, 33, (1,), generator=generator))
+        ids = torch.randint(0, SHAPE.vocab_size, (length,), generator=generator)
+        labels = torch.where(torch.rand(length, generator=generator) < 0.6, ids, IGNORED)
+        labels[-1] = ids[-1]
+        result.append((ids, labels))
+    return result
+
+
+def labelled(step: int) -> int:
+    """Learned tokens of the global batch (the first position of a sample cannot be predicted)."""
+    return sum(int((labels[1:] != IGNORED).sum()) for _, labels in samples(step))
+
+
+def micro_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], size: int) -> MicroBatch:
+    """`rows` filled up on the right and to `size` rows that learn nothing."""
+    longest = max([len(ids) for ids, _ in rows], default=4)
+    ids, labels = torch.zeros(size, longest, dtype=torch.int64), torch.full((size, longest), IGNORED)
+    for index, (row, label) in enumerate(rows):
+        ids[index, : len(row)], labels[index, : len(row)] = row, label
+    return MicroBatch(ids, torch.ones_like(ids), labels)
+
+
+def deal(step: int, batch: s.Batch, rank: int, ranks: int) -> list[MicroBatch]:
+    """The micro-batches of one rank: consecutive samples, dealt to ranks, then to accumulation steps."""
+    rows = samples(step)
+    chunks = [rows[i : i + batch.micro] for i in range(0, batch.global_size, batch.micro)]
+    return [micro_batch(chunks[index * ranks + rank], batch.micro) for index in range(batch.accumulation)]
