@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.data.conversation import Conversation, Malformed, Turn
@@ -182,8 +183,7 @@ def resolve_template(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         return BUILT_IN[choice]
     if choice:
         try:
-            with open(choice, encoding="utf-8") as file:
-                return file.read()
+            return Path(choice).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(Fault("data.chat_template", f"{choice} cannot be read: {reason}", REMEDY)) from error

@@ -99,7 +99,7 @@ def _build(path: Path, data: Data, chat: Chat, target: Path) -> None:
 def _publish(draft: Path, target: Path) -> None:
     """Rename `draft` to `target`, unless another rank was first."""
     try:
-        os.rename(draft, target)
+        draft.rename(target)
     except OSError:
         if not target.is_dir():
             raise
