@@ -10,6 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from orchestrator.config.catalog import CONF_DIR, Choice, Key, groups, keys
+from orchestrator.config.shapes import DIMENSIONS
 
 EXAMPLES = (
     ("zero=stage3 offload=cpu", "ZeRO-3, weights and optimizer in host memory"),
@@ -34,6 +35,9 @@ ORDER = (
     "logger",
 )
 """Groups in the order in which a person thinks of them; any other follows by name."""
+
+DECIDED_BY_MODEL = frozenset(f"model.{name}" for name in DIMENSIONS)
+"""Keys whose value comes from the choice of model; by hand they describe random weights."""
 
 HYDRA_FLAGS = "Hydra's own flags work too: --cfg job|hydra|all, --info, -m, --resolve, --package, --hydra-help, --version."
 
@@ -73,12 +77,14 @@ def _value(default: Any) -> str:
 def _key(key: Key, width: int) -> str:
     options = f" ({' | '.join(key.options)})" if key.options else ""
     unit = f" [{key.unit}]" if key.unit else ""
-    return _row(f"{key.path}={_value(key.default)}", f"{key.description}{unit}{options}", 2, 40, width)
+    # What every model states for itself has no default worth showing.
+    shown = key.path if key.path in DECIDED_BY_MODEL else f"{key.path}={_value(key.default)}"
+    return _row(shown, f"{key.description}{unit}{options}", 2, 40, width)
 
 
 def _typed_by_hand(key: Key) -> bool:
     """Whether a person sets the key itself: what a group decides, and the card's numbers, are not listed."""
-    return "set by the group" not in key.description and not key.path.startswith("cluster.card")
+    return "set by the group" not in key.description and not key.path.startswith("cluster.card.")
 
 
 def help_text(program: str, conf_dir: Path = CONF_DIR, width: int | None = None) -> str:
@@ -93,7 +99,7 @@ def help_text(program: str, conf_dir: Path = CONF_DIR, width: int | None = None)
     ]
     for group in listed:
         lines += _group(group, found[group], defaults.get(group), width)
-    lines += ["", "KEYS  (with defaults; --cfg job shows what groups set)"]
+    lines += ["", "KEYS  (with defaults; those of a model stand in its group)"]
     lines += [_key(key, width) for key in keys().values() if _typed_by_hand(key)]
     lines += ["", "EXAMPLES"]
     for arguments, meaning in EXAMPLES:

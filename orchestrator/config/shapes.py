@@ -79,7 +79,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
         num_key_value_heads=_first(merged, "num_key_value_heads", heads),
         head_dim=merged.get("head_dim", hidden // heads),
         max_position_embeddings=_first(merged, "max_position_embeddings", 0),
-        # transformers' PretrainedConfig ties by default; the known families say otherwise in their own class.
+        # Until version 5 transformers tied by default and left the key out of such a file; the known families do not.
         tie_word_embeddings=bool(merged.get("tie_word_embeddings", family not in FAMILY_DEFAULTS)),
         rms_norm_eps=float(_first(merged, "rms_norm_eps", 1e-6)),
         rope_theta=float(theta),

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +55,7 @@ def test_help_lists_groups_choices_costs_keys_and_examples(run):
     text = done.stdout
     assert re.search(r"\* none +no DeepSpeed; costs nothing", text)
     assert "stage3" in text and "half as much traffic" in text and "batch.global_size=16" in text and "[samples]" in text
+    assert "cluster.cards_per_node=0" in text and "model.vocab_size=0" not in text
     assert "zero=stage3 offload=cpu" in text and "--cfg" in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -70,13 +70,14 @@ def test_help_fits_the_terminal(width):
 
 def test_help_and_cfg_are_quick(run):
     def seconds(*arguments: str) -> float:
-        started = time.monotonic()
+        before = os.times()
         assert run(*arguments).returncode == 0
-        return time.monotonic() - started
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    # Half a second on a quiet machine; the best of three, with room for a loaded one.
-    assert min(seconds("--help") for _ in range(3)) < 1.0
-    assert min(seconds("--cfg", "job") for _ in range(3)) < 1.0
+    # Processor time, so that a busy machine does not count; nothing here waits for anything else.
+    assert min(seconds("--help") for _ in range(3)) < 0.5
+    assert min(seconds("--cfg", "job") for _ in range(3)) < 0.5
 
 
 def test_hydra_s_own_flags_work(run):
