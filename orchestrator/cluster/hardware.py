@@ -14,7 +14,7 @@ from orchestrator.spec import Card
 TABLE = Path(__file__).resolve().parents[2] / "conf" / "cluster" / "card"
 
 AMPERE = 8
-"""Major compute capability of the first NVIDIA cards that compute in bf16 (CUDA C++ programming guide, compute capabilities)."""
+"""Major compute capability of the first NVIDIA cards with bf16 (CUDA C++ programming guide, compute capabilities)."""
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def visible(count: int, listed: str | None) -> list[int]:
 def _driver() -> Iterator[object | None]:
     """NVML while in the context; None where the package or the driver is missing."""
     try:
-        import pynvml  # type: ignore[import-untyped]
+        import pynvml
     except ImportError:
         yield None
         return

@@ -96,7 +96,7 @@ def choose_lr(lr: float | None, tuning: TuningKind, tiny: bool) -> float:
 
 
 def choose_micro(micro: int | None, share: int, tiny: bool) -> int:
-    """Samples in one forward: as given, else the largest divisor of a rank's `share` up to 8 for the tiny model, 1 for others."""
+    """Samples in one forward: as given, else the largest divisor of `share` up to 8 for the tiny model, else 1."""
     if micro is not None:
         return micro
     most = 8 if tiny else 1

@@ -167,8 +167,10 @@ class ModelConf:
 class BatchConf:
     global_size: int = key(16, "samples in one optimizer step, over all ranks", "samples")
     micro: int | None = key(
-        None, "samples in one forward on one rank; null: the largest divisor of global_size / ranks up to 8 for tiny, else 1", "samples"
-    )  # fmt: skip
+        None,
+        "samples in one forward on one rank; null: the largest divisor of global_size / ranks up to 8 for tiny, else 1",
+        "samples",
+    )
 
 
 @dataclass

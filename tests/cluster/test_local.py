@@ -22,8 +22,16 @@ def test_host_memory_is_the_container_s_where_that_is_lower(tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "listed", "indices"),
-    [(4, None, [0, 1, 2, 3]), (4, "", []), (4, "2,3", [2, 3]), (4, "1,-1,2", [1]), (2, "0,5", [0]), (0, None, []), (2, "GPU-a,GPU-b", [0, 1])],
-)  # fmt: skip
+    [
+        (4, None, [0, 1, 2, 3]),
+        (4, "", []),
+        (4, "2,3", [2, 3]),
+        (4, "1,-1,2", [1]),
+        (2, "0,5", [0]),
+        (0, None, []),
+        (2, "GPU-a,GPU-b", [0, 1]),
+    ],
+)
 def test_visible_cards_are_those_that_cuda_would_use(count, listed, indices):
     assert local.visible(count, listed) == indices
 
