@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,11 @@ FIRST_SPEAKS = 3.0
 """Seconds for which the other ranks leave an error of the user's input to rank 0, whose error is most likely the same."""
 
 LAUNCHER_PATIENCE = 120.0
+
+KILLED = (
+    "A rank ended without a word: it was killed. Return code -9 (SIGKILL) most often means that the machine ran out of memory\n"
+    "    -> look at the last memory line in train.log and at dmesg; lower batch.micro or data.seq_len, or rest less on the host"
+)
 
 _BROKEN_LINE = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "gloo/transport", "pair.cc",
@@ -79,8 +85,11 @@ def _launched_by_deepspeed(parent: int) -> bool:
     return b"deepspeed.launcher.launch" in command or b"deepspeed/launcher/launch.py" in command
 
 
-def print_after(parent: int, text: str) -> bool:
-    """Whether a detached process was left behind that prints `text` to stderr when the process `parent` has ended."""
+def print_after(parent: int, text: str, unless: Path | None = None) -> bool:
+    """Whether a detached process was left behind that prints `text` to stderr when the process `parent` has ended.
+
+    With `unless`, it prints only if it is the first to make that file, so that one of several speaks.
+    """
     try:
         watched = os.pidfd_open(parent)
     except (OSError, AttributeError):
@@ -96,16 +105,46 @@ def print_after(parent: int, text: str) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     select.select([watched], [], [], LAUNCHER_PATIENCE)
-    os.write(2, f"\n{text}\n".encode())
+    if unless is None or _claim(unless):
+        os.write(2, f"\n{text}\n".encode())
+    for descriptor in (0, 1, 2):  # whoever reads the run's output need not wait for the rest
+        os.close(descriptor)
+    time.sleep(1.0)  # by then the other watchers have looked
+    _spoken(parent).unlink(missing_ok=True)
     os._exit(0)
+
+
+def _spoken(parent: int) -> Path:
+    """The file that says that a rank started by `parent` has told why it fails."""
+    return Path(tempfile.gettempdir()) / f"orchestrator-{os.getuid()}-{parent}.spoken"
+
+
+def _claim(mark: Path) -> bool:
+    """Whether this process is the one that made `mark`."""
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
 
 
 def _speak(text: str) -> None:
     _write_elastic_file(text)
     sys.stdout.flush()
     parent = os.getppid()
-    if not (_launched_by_deepspeed(parent) and print_after(parent, text)):
+    held_back = False
+    if _launched_by_deepspeed(parent):
+        _claim(_spoken(parent))
+        held_back = print_after(parent, text)
+    if not held_back:
         print(text, file=sys.stderr, flush=True)
+
+
+def _suspect_a_killed_peer() -> None:
+    """Under the deepspeed launcher, have it said at the end that a rank was killed, unless that rank gives a reason itself."""
+    parent = os.getppid()
+    if _launched_by_deepspeed(parent):
+        print_after(parent, KILLED, unless=_spoken(parent))
 
 
 def _wait_to_be_ended(seconds: float) -> None:
@@ -121,13 +160,16 @@ def report(error: BaseException, log: Path | None) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    if isinstance(error, OrchestratorError):
+    if log is None:
+        pass  # nothing to log into yet; the screen gets everything
+    elif isinstance(error, OrchestratorError):
         LOG.error("%s", error.report())
     elif peers_fault:
         LOG.warning("a collective broke because another rank has gone: %s", str(error).splitlines()[0])
     else:
         LOG.error("%s: %s", type(error).__name__, error, exc_info=error)
     if peers_fault:
+        _suspect_a_killed_peer()
         _wait_to_be_ended(PEER_PATIENCE)
     elif rank and isinstance(error, OrchestratorError):
         _wait_to_be_ended(FIRST_SPEAKS)
@@ -143,7 +185,7 @@ def guarded(work: Callable[[], int], log: Callable[[], Path | None]) -> int:
     """
     try:
         return work()
-    except BaseException as error:  # noqa: BLE001  the last stop: everything is reported, nothing passes
+    except BaseException as error:
         code = report(error, log())
         logging.shutdown()
         sys.stderr.flush()
