@@ -74,10 +74,14 @@ def load(path: Path) -> Record:
     folder = RunFolder(path)
     if not folder.spec.is_file():
         problem = f"{path} is not a run folder" if path.is_dir() else f"there is no folder {path}"
-        raise CheckpointError(Fault("run", problem, "give a folder that launch/train.py made: it holds spec.json and metrics.jsonl"))
+        raise CheckpointError(
+            Fault("run", problem, "give a folder that launch/train.py made: it holds spec.json and metrics.jsonl")
+        )
     lines = read_metrics(folder.metrics)
     if not lines or not folder.ledger.is_file():
-        raise CheckpointError(Fault("run", f"{path} has not finished its first step", f"look into {folder.log} for what it does"))
+        raise CheckpointError(
+            Fault("run", f"{path} has not finished its first step", f"look into {folder.log} for what it does")
+        )
     try:
         spec = from_json(RunSpec, json.loads(folder.spec.read_text(encoding="utf-8")))
         ranks = json.loads(folder.ledger.read_text(encoding="utf-8"))["ranks"]

@@ -58,7 +58,9 @@ def at_rest(ranks: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
         measured = [None if rows is None else _bytes_by_class(rows) for rows in found]
         keys = list(dict.fromkeys(key for totals in [*predicted, *(m or {} for m in measured)] for key in totals))
         for key in keys:
-            cells = [_cell(p.get(key, 0), None if m is None else m.get(key, 0)) for p, m in zip(predicted, measured, strict=True)]
+            cells = [
+                _cell(p.get(key, 0), None if m is None else m.get(key, 0)) for p, m in zip(predicted, measured, strict=True)
+            ]
             table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *cells)
         sums = [(sum(p.values()), None if m is None else sum(m.values())) for p, m in zip(predicted, measured, strict=True)]
         table.add_row("together", *(_cell(p, m) for p, m in sums), style="bold")
@@ -87,7 +89,9 @@ def over_time(record: Record, most: int = 12) -> list[RenderableType]:
     stride = max(1, -(-len(moments) // most))
     chosen = moments[::stride] if moments[-1] in moments[::stride] else [*moments[::stride], moments[-1]]
     on_card = chosen[0][1][0].get("device_used") is not None
-    field, title = ("device_used", "Card memory in use during the run") if on_card else ("resident", "Resident memory during the run")
+    field, title = (
+        ("device_used", "Card memory in use during the run") if on_card else ("resident", "Resident memory during the run")
+    )
     tables: list[RenderableType] = [_title(title)]
     for start in range(0, len(chosen[0][1]), _COLUMNS_AT_ONCE):
         group = chosen[0][1][start : start + _COLUMNS_AT_ONCE]

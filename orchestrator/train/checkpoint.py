@@ -132,7 +132,7 @@ def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> 
 
 
 def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple[int, str | None]:
-    """(bytes of tensors, failure or None) of this rank. The pieces are always taken to the end: peers may be exchanging them."""
+    """(bytes of tensors, failure or None) of this rank. The pieces are always taken to the end: peers may be exchanging."""
     writer, failure = _PieceWriter(temporary, world.rank), None
     for piece in pieces:
         if not piece.owned or failure is not None:
@@ -173,8 +173,8 @@ def _publish(temporary: Path, final: Path, document: dict[str, Any], keep: int) 
         _sync(temporary)
         replaced = final.with_name(f".tmp-{final.name}.replaced")
         if final.exists():  # the same step again, after a resume
-            os.rename(final, replaced)
-        os.rename(temporary, final)
+            final.rename(replaced)
+        temporary.rename(final)
         _sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         for old in saved_steps(final.parent)[: -max(keep, 1)]:
@@ -202,7 +202,10 @@ def save(
         CheckpointError: any rank could not write; the temporary folder is gone and earlier checkpoints are whole.
     """
     needed = expected_bytes + SPARE_BYTES
-    temporary, failure = world.tell(_open_temporary(checkpoints, moment.step, needed) if world.first else None) or (Path(), None)
+    temporary, failure = world.tell(_open_temporary(checkpoints, moment.step, needed) if world.first else None) or (
+        Path(),
+        None,
+    )
     failures = [f"rank 0: {failure}"] if failure else []
     written = 0
     if not failures:

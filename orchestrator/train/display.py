@@ -19,7 +19,7 @@ _PLAIN_WIDTH = 140
 
 
 def count(number: int, noun: str) -> str:
-    """"1 rank", "2 ranks"."""
+    """ "1 rank", "2 ranks"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ def checksum(tensor: torch.Tensor) -> str:
     """BLAKE2b of the dtype, shape and bytes of `tensor`."""
     data = tensor.detach().to("cpu").contiguous()
     digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=20)
-    digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -92,12 +91,12 @@ def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ch
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
     if len(files) == 1:
-        os.replace(folder / "part-00000", folder / "model.safetensors")
+        (folder / "part-00000").replace(folder / "model.safetensors")
         return sums
     where: dict[str, str] = {}
     for number, names in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        os.replace(folder / f"part-{number:05d}", folder / file)
+        (folder / f"part-{number:05d}").replace(folder / file)
         where.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -105,7 +104,11 @@ def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ch
 
 
 def write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
-    """The configuration of the model, stating `dtype` and its class, and its generation settings."""
+    """The configuration of the model, stating `dtype` and its class, and its generation settings.
+
+    The key-value cache, which training switches off, is on again in the copy: generation without it is many times slower.
+    """
+    source.config.use_cache = True
     source.config.dtype = dtype
     source.config.architectures = [source.architecture]
     source.config.save_pretrained(folder)
@@ -153,7 +156,9 @@ def compare(written: Checksums, found: Iterable[tuple[str, torch.Tensor]], folde
     if wrong or missing:
         problem = f"{folder} was reopened: of {len(written)} tensors {len(wrong)} differ and {len(missing)} are missing"
         names = ", ".join([*wrong, *missing][:5])
-        raise CheckpointError(Fault("export", f"{problem} ({names})", "the checkpoint is whole: export again from it, on another disk"))
+        raise CheckpointError(
+            Fault("export", f"{problem} ({names})", "the checkpoint is whole: export again from it, on another disk")
+        )
 
 
 def failed(folder: Path, error: OSError | SafetensorError) -> CheckpointError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +88,18 @@ def checkpoint_at(path: Path, field: str = "resume") -> Path:
         return path
     if not path.is_dir():
         problem = f"{path} is a file, not a run folder" if path.exists() else f"there is no folder {path}"
-        raise CheckpointError(Fault(field, problem, "give a run folder (runs/demo) or a checkpoint in it (runs/demo/checkpoints/…)"))
+        raise CheckpointError(
+            Fault(field, problem, "give a run folder (runs/demo) or a checkpoint in it (runs/demo/checkpoints/…)")
+        )
     newest = RunFolder(path).newest_checkpoint()
     if newest is None:
         run = RunFolder(path).spec.exists()
-        problem = f"{path} is a run that has not saved a checkpoint" if run else f"{path} is neither a run folder nor a checkpoint"
-        remedy = "start it from the beginning with resume=none" if run else "give the folder that holds spec.json and checkpoints/"
+        problem = (
+            f"{path} is a run that has not saved a checkpoint" if run else f"{path} is neither a run folder nor a checkpoint"
+        )
+        remedy = (
+            "start it from the beginning with resume=none" if run else "give the folder that holds spec.json and checkpoints/"
+        )
         raise CheckpointError(Fault(field, problem, remedy))
     return newest
 
@@ -129,7 +134,9 @@ def choose(spec: RunSpec, root: Path = ROOT) -> Choice:
         folder = RunFolder(Path(spec.run.dir))
         if folder.path.exists() and not folder.path.is_dir():
             raise ConfigError(Fault("run.dir", f"{folder.path} is a file", "name a folder"))
-        same = spec.resume not in ("none", "auto") and checkpoint_at(Path(spec.resume)).resolve().is_relative_to(folder.path.resolve())
+        same = spec.resume not in ("none", "auto") and checkpoint_at(Path(spec.resume)).resolve().is_relative_to(
+            folder.path.resolve()
+        )
         if folder.has_run() and spec.resume != "auto" and not same:
             raise ConfigError(
                 Fault("run.dir", f"{folder.path} already holds a run, and nothing is written over",
@@ -150,7 +157,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    fresh.replace(path)
 
 
 def open_folder(folder: RunFolder, spec: RunSpec, strategy: dict[str, Any], resumed_at: int | None) -> None:
@@ -165,7 +172,9 @@ def open_folder(folder: RunFolder, spec: RunSpec, strategy: dict[str, Any], resu
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         for path, data in ((folder.spec, to_json(spec)), (folder.strategy, strategy)):
             if path.exists() and resumed_at is not None and json.loads(path.read_text(encoding="utf-8")) != data:
-                os.replace(path, path.with_name(f"{path.stem}.before-{resumed_at:06d}.json"))
+                path.replace(path.with_name(f"{path.stem}.before-{resumed_at:06d}.json"))
             write_json(path, data)
     except OSError as error:
-        raise ConfigError(Fault("run.dir", f"{folder.path} cannot be written: {error.strerror}", "name another run.dir")) from None
+        raise ConfigError(
+            Fault("run.dir", f"{folder.path} cannot be written: {error.strerror}", "name another run.dir")
+        ) from None

@@ -28,6 +28,8 @@ def open_log(path: Path, rank: int) -> None:
     handler.addFilter(_Rank(rank))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     root = logging.getLogger()
+    for former in root.handlers:
+        former.close()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
@@ -41,7 +43,9 @@ def quiet_libraries() -> None:
     """
     for name in list(logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
-        streams = [h for h in logger.handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)]
+        streams = [
+            h for h in logger.handlers if isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler)
+        ]
         for stream in streams:
             logger.removeHandler(stream)
             logger.propagate = True

@@ -97,13 +97,14 @@ class Loop:
     ) -> Ending | None:
         """Take every step of `steps`; None where there was none.
 
-        `save(step, epoch)` is called every `checkpoint.every` steps and at the end, `after_first` once after the first.
+        `save(step, epoch)` is called every `checkpoint.every` steps and at the end, `after_first` once after the first that
+        updated something.
 
         Raises:
             Diverged: NON_FINITE_LIMIT steps in a row were not finite.
         """
         ending: Ending | None = None
-        saved = 0
+        saved, updated = 0, False
         clock = time.perf_counter()
         for batch in steps:
             waited = time.perf_counter() - clock
@@ -113,7 +114,8 @@ class Loop:
             line["data_wait_seconds"] = waited
             line["tokens_per_second"] = batch.tokens / seconds
             line["labelled_tokens_per_second"] = batch.labelled / seconds
-            if ending is None:
+            if line["finite"] and not updated:
+                updated = True
                 after_first()
             ending = Ending(number, batch.epoch, asked and number < self._total)
             self._note(line, number)

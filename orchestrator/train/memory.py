@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ def measure(rank: int, device: torch.device) -> Memory:
     peak = max(resident, resident_peak_bytes())
     if device.type != "cuda":
         return Memory(rank, resident, peak)
+    import torch  # reports read this module too, and need no torch
+
     free, total = torch.cuda.mem_get_info(device)
     return Memory(
         rank, resident, peak,

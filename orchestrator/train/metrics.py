@@ -59,7 +59,7 @@ def open_tracker(kind: str, folder: Path) -> Tracker | None:
     """
     if kind == "none":
         return None
-    return {"tensorboard": _TensorBoard, "wandb": _WandB}[kind](folder)
+    return _TensorBoard(folder) if kind == "tensorboard" else _WandB(folder)
 
 
 class Metrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,8 +118,8 @@ class Publisher:
             while aside.exists():
                 number += 1
                 aside = folder.with_name(f"{folder.name}.old{number}")
-            os.rename(folder, aside)
-        os.rename(waiting, folder)
+            folder.rename(aside)
+        waiting.rename(folder)
         return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.train.export import CHECKSUMS, compare
@@ -51,7 +52,9 @@ def check(folder: Path, *, trust_remote_code: bool = False) -> None:
 def _model_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+    )
     return model.state_dict().items()  # type: ignore[no-any-return]
 
 
@@ -62,8 +65,21 @@ def _adapter_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[st
     config = AutoConfig.from_pretrained(base_of(folder), trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    _hollow(base)
     model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
-    return ((name.replace(".default.weight", ".weight"), tensor) for name, tensor in model.state_dict().items() if "lora_" in name)
+    return (
+        (name.replace(".default.weight", ".weight"), tensor) for name, tensor in model.state_dict().items() if "lora_" in name
+    )
+
+
+def _hollow(model: nn.Module) -> None:
+    """Give every parameter one element on the CPU, seen as its whole shape. PEFT moves adapters to where their base is, and
+    would move them to the meta device otherwise."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                element = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(element, requires_grad=False)
 
 
 def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -88,16 +104,27 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the tokenizer's and the model's end tokens, and what the chat template puts after a turn."""
+    stated = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+    after = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.all_special_ids:
+        ends.add(after[0])
+    return sorted(end for end in ends if end is not None)
+
+
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     """The greedy answer of `model` to one user turn, prompted through the tokenizer's chat template."""
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     inputs.pop("token_type_ids", None)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     with torch.no_grad():
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
-        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends)
     reply: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return reply.strip()

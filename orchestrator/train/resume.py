@@ -34,7 +34,9 @@ def _read_document(path: Path) -> dict[str, Any]:
         problem = f"{path} is not a checkpoint: its checkpoint.json cannot be read ({error})"
         raise CheckpointError(Fault("resume", problem, "name another checkpoint of the run")) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        problem = f"{path} has format {document.get('format') if isinstance(document, dict) else '?'}, this version reads {FORMAT}"
+        problem = (
+            f"{path} has format {document.get('format') if isinstance(document, dict) else '?'}, this version reads {FORMAT}"
+        )
         raise CheckpointError(Fault("resume", problem, "resume it with the version that wrote it"))
     return document
 
@@ -66,7 +68,9 @@ class Reader:
             raise self._broken(f"{len(missing)} of its files are missing: {', '.join(missing[:_SHOWN])}")
 
     def _broken(self, problem: str) -> CheckpointError:
-        return CheckpointError(Fault("resume", f"{self.path} is incomplete: {problem}", "resume from another checkpoint of the run"))
+        return CheckpointError(
+            Fault("resume", f"{self.path} is incomplete: {problem}", "resume from another checkpoint of the run")
+        )
 
     def _merge(self, name: str) -> None:
         try:
@@ -108,7 +112,7 @@ class Reader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def random_state(self, rank: int, device: torch.device) -> bool:
-        """Whether the random state of `rank` was set as it was saved: only where the number of ranks has not shrunk below it."""
+        """Whether the random state of `rank` was set as it was saved: not where fewer ranks had saved."""
         file = self.path / f"rank-{rank:05d}.rng.safetensors"
         if not file.exists():
             return False
@@ -129,9 +133,9 @@ def check_run(reader: Reader, about: Mapping[str, Any]) -> None:
         CheckpointError: they differ; every difference is named.
     """
     faults = [
-        Fault(field, f"{reader.path} was saved with {reader.about.get(field)}, this run has {value}",
-              f"set {field}={reader.about.get(field)}, or start afresh with resume=none and another run.dir")
-        for field, value in about.items() if reader.about.get(field) != value
+        Fault(field, f"{reader.path} was saved with {reader.about[field]}, this run has {value}",
+              f"set {field}={reader.about[field]}, or start afresh with resume=none and another run.dir")
+        for field, value in about.items() if field in reader.about and reader.about[field] != value
     ]  # fmt: skip
     if faults:
         raise CheckpointError(faults)

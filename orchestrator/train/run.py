@@ -21,7 +21,7 @@ from orchestrator.engine import Engine, make
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower
 from orchestrator.model import build, loss_sum, open_weights, table_of
-from orchestrator.spec import Parameter, RunSpec, digest
+from orchestrator.spec import Parameter, RunSpec, digest, to_json
 from orchestrator.train import checkpoint, folder
 from orchestrator.train.display import Display, count
 from orchestrator.train.export import Source
@@ -61,10 +61,12 @@ def cache_folder(spec: RunSpec) -> Path:
 
 def identity(spec: RunSpec) -> dict[str, Any]:
     """What a resumed run must share with the run that saved: the model and what of it is trained. Strategies may differ."""
-    tuning = {"tuning": spec.tuning.kind}
+    same: dict[str, Any] = {"model": spec.model.name, "tuning": spec.tuning.kind}
+    if spec.model.shape is not None:
+        same |= {f"model.{name}": value for name, value in to_json(spec.model.shape).items()}
     if spec.tuning.kind == "lora":
-        tuning |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}  # type: ignore[dict-item]
-    return {"model": spec.model.name, **tuning}
+        same |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}
+    return same
 
 
 def _seed(seed: int, rank: int) -> None:
@@ -225,7 +227,10 @@ class Run:
         trained = sum(p.numel for p in self._table if p.trainable)
         every = sum(p.numel for p in self._table)
         note(f"run      {self._folder.path}")
-        note(f"model    {spec.model.name}, {format_count(every)} parameters, {format_count(trained)} trained ({spec.tuning.kind})")
+        note(
+            f"model    {spec.model.name}, {format_count(every)} parameters, "
+            f"{format_count(trained)} trained ({spec.tuning.kind})"
+        )
         ranks = f"{count(self.world.size, 'rank')} on {self.world.device.type}"
         note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}")
         product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {count(spec.strategy.dp, 'rank')}"

@@ -66,7 +66,7 @@ class World:
                 outcome = ("done", work())
             except OrchestratorError as error:
                 failure, outcome = error, ("refused", (type(error), error.faults))
-            except Exception as error:  # noqa: BLE001  told to the peers, then raised again below
+            except Exception as error:
                 failure, outcome = error, ("failed", f"{type(error).__name__}: {error}")
         kind, value = self.tell(outcome)
         if failure is not None:
@@ -146,7 +146,7 @@ def join(card: str = "") -> World:
         _share_cores(local_size)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if alone else None
+        store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return World(rank, size, local_rank, local_size, device, control)
