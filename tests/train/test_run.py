@@ -1,0 +1,164 @@
+"""Whole runs in this process: what stands in the folder, exact resume, stops, and refusals."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.engine import StepResult
+from orchestrator.engine.plain import PlainEngine
+from orchestrator.errors import CheckpointError, ConfigError, LayoutDrift
+from orchestrator.layout import Row
+from orchestrator.spec import Home, RunSpec, from_json
+from orchestrator.train.loop import Diverged
+from orchestrator.train.metrics import read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+
+EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "labelled_tokens")
+
+
+def lines(run):
+    """The metrics of an outcome or of a run folder."""
+    return read_metrics((run if isinstance(run, Path) else run.folder.path) / "metrics.jsonl")
+
+
+def numbers(path):
+    return [tuple(line[key] for key in EXACT) for line in lines(path)]
+
+
+def test_a_run_leaves_a_folder_that_explains_itself(small, execute, screen):
+    outcome = execute(small("eval.every=2", "data.eval_fraction=0.1", "logging.every=2"))
+    path = outcome.folder.path
+    names = {p.name for p in path.iterdir()}
+    assert names == {"spec.json", "strategy.json", "metrics.jsonl", "train.log", "ledger.json", "checkpoints", "export"}
+    assert from_json(RunSpec, json.loads((path / "spec.json").read_text())).run.steps == 4
+    assert json.loads((path / "strategy.json").read_text())["engine"]
+    written = lines(path)
+    assert [line["step"] for line in written] == [1, 2, 3, 4]
+    for line in written:
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["step_seconds"])
+        assert 0 <= line["data_wait_seconds"] < line["step_seconds"] and line["finite"]
+    assert ["memory" in line for line in written] == [True, True, False, True]
+    assert written[1]["memory"][0]["resident_peak"] >= written[1]["memory"][0]["resident"] > 2**26
+    assert ["eval_loss" in line for line in written] == [False, True, False, True]
+    account = json.loads((path / "ledger.json").read_text())["ranks"][0]
+    assert {row["line"] for row in account["predicted"]} == {"weights", "moments"}
+    assert account["measured"]["step"][0]["bytes"] == account["predicted"][0]["bytes"]
+    assert (outcome.step, outcome.total, outcome.stopped) == (4, 4, False)
+    assert (
+        "step 4/4" in screen.text and "reopened and compared" in screen.text and "step 4/4" in (path / "train.log").read_text()
+    )
+
+
+def test_the_first_loss_is_the_mean_over_the_labelled_tokens_of_an_untrained_model(small, execute):
+    first = lines(execute(small("run.steps=1")))[0]
+    assert first["loss"] == pytest.approx(math.log(2048), rel=0.2)
+    assert first["labelled_tokens_per_second"] < first["tokens_per_second"]
+
+
+def test_resume_gives_the_same_numbers_as_the_uninterrupted_run(small, execute, tmp_path, screen):
+    whole = execute(small(f"run.dir={tmp_path / 'whole'}", "run.steps=5"))
+    execute(small("run.steps=5", "checkpoint.every=2", "export.format=none"))
+    path = tmp_path / "run"
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    for file in (path / "checkpoints" / "step-000005").iterdir():
+        file.unlink()  # torn: the one before it is taken
+    execute(small("run.steps=5", "resume=auto"))
+    assert numbers(path) == numbers(whole.folder.path)
+    assert len((path / "metrics.jsonl.bak").read_text().splitlines()) == 5
+    assert "resume   after step 4 of 5" in screen.text
+
+
+def test_dropout_continues_where_it_stopped(small, execute, tmp_path):
+    drop = ("tuning=lora", "tuning.dropout=0.5", "run.steps=3")
+    whole = execute(small(f"run.dir={tmp_path / 'whole'}", *drop))
+    first = execute(small("checkpoint.every=2", *drop))
+    execute(small(f"run.dir={tmp_path / 'again'}", f"resume={first.folder.checkpoint(2)}", *drop))
+    assert numbers(tmp_path / "again") == numbers(whole.folder.path)[2:]
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_its_export_is_kept(small, execute, screen):
+    execute(small("run.steps=1"))
+    outcome = execute(small("run.steps=1", "resume=auto"))
+    assert "nothing is left to do: raise run.steps above 1" in screen.text
+    assert len(lines(outcome)) == 1 and (outcome.folder.path / "export.old").is_dir()
+
+
+def test_another_model_is_refused_and_nothing_is_written_over(small, execute):
+    first = execute(small("run.steps=1"))
+    before = {p: p.stat().st_mtime_ns for p in first.folder.path.rglob("*") if p.name != "train.log"}
+    with pytest.raises(CheckpointError, match=r"model\.hidden_size: .* was saved with 32, this run has 64"):
+        execute(small("run.steps=2", "resume=auto", "model.hidden_size=64"))
+    with pytest.raises(CheckpointError, match=r"tuning: .* was saved with full, this run has lora"):
+        execute(small("run.steps=2", "resume=auto", "tuning=lora"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        execute(small())
+    assert before == {p: p.stat().st_mtime_ns for p in first.folder.path.rglob("*") if p.name != "train.log"}
+
+
+def test_a_signal_finishes_the_step_saves_and_leaves(small, execute, monkeypatch):
+    real = PlainEngine.step
+
+    def step(self, lr):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, lr)
+
+    monkeypatch.setattr(PlainEngine, "step", step)
+    outcome = execute(small("run.steps=6"))
+    assert (outcome.step, outcome.stopped, outcome.export) == (2, True, None)
+    assert outcome.folder.newest_checkpoint() == outcome.folder.checkpoint(2) and not outcome.folder.export.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    assert execute(small("run.steps=6", "resume=auto")).step == 6
+
+
+def test_steps_that_are_not_finite_are_counted_and_ten_in_a_row_end_the_run(small, execute, monkeypatch, screen):
+    monkeypatch.setattr(PlainEngine, "step", lambda self, lr: StepResult(math.inf, False))
+    with pytest.raises(Diverged, match=r"10 steps in a row, up to step 10.*\n.*lower optimizer\.lr"):
+        execute(small("run.steps=20"))
+    assert "step 10: loss or gradient is not finite, nothing was updated (10 in a row)" in screen.text
+
+
+def test_one_step_that_is_not_finite_is_survived(small, execute, monkeypatch):
+    real, seen = PlainEngine.step, []
+
+    def step(self, lr):
+        seen.append(lr)
+        return StepResult(math.nan, False) if len(seen) == 2 else real(self, lr)
+
+    monkeypatch.setattr(PlainEngine, "step", step)
+    written = lines(execute(small()))
+    assert [line["finite"] for line in written] == [True, False, True, True] and written[1]["grad_norm"] is None
+
+
+def test_tensors_that_the_layout_does_not_know_stop_the_run(small, execute, monkeypatch):
+    real = PlainEngine.census
+    monkeypatch.setattr(PlainEngine, "census", lambda self: (*real(self), Row("extra", "fp32", Home.GPU, 7)))
+    with pytest.raises(LayoutDrift, match="rank 0, extra"):
+        execute(small())
+
+
+def test_eval_is_the_token_mean_of_the_held_out_samples_whatever_the_batch(small, execute, tmp_path):
+    wanted = ("eval.every=1", "data.eval_fraction=0.2", "run.steps=1")
+    one = lines(execute(small(*wanted, "batch.micro=8")))[0]["eval_loss"]
+    other = lines(execute(small(*wanted, "batch.micro=1", f"run.dir={tmp_path / 'other'}")))[0]["eval_loss"]
+    assert one == pytest.approx(other, rel=1e-6) and one > 6
+
+
+def test_the_vocabulary_of_the_data_must_fit_the_model(small, execute):
+    with pytest.raises(ValueError, match="model has vocab_size 100"):
+        execute(small("model.vocab_size=100"))
+
+
+def test_half_precision_exports_in_its_dtype(small, execute):
+    from transformers import AutoModelForCausalLM
+
+    outcome = execute(small("precision=bf16", "run.steps=1"))
+    assert AutoModelForCausalLM.from_pretrained(outcome.export, dtype="auto").dtype is torch.bfloat16
