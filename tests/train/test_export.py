@@ -12,7 +12,6 @@ from orchestrator.config import compose
 from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint, export, reopen
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 
 
