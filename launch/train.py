@@ -32,7 +32,8 @@ def train(overrides: list[str]) -> int:
         run = Run(spec, world)
         outcome = run.execute(on_open=lambda folder: opened(folder.log))
         if world.first:
-            print_report(load(outcome.folder.path), over=False)
+            if outcome.folder.metrics.stat().st_size:  # a resumed run may have had nothing left to do
+                print_report(load(outcome.folder.path), over=False)
             run.conclude(outcome)
         leave()
         return 0
