@@ -1,0 +1,111 @@
+"""One short performance of a run: everything that decides its memory, done once or twice by the real engine code.
+
+The rehearsal performs on fake tensors, the dry run on one real card, the truth test on real ranks: the same lines here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from orchestrator import engine as engines
+from orchestrator import model as models
+from orchestrator.data.batch import MicroBatch
+from orchestrator.engine.census import watched
+from orchestrator.engine.protocol import Engine, Weights
+from orchestrator.layout import LOADED, STEPPED, check_census, lay_out
+from orchestrator.planner.tracer import Tracer
+from orchestrator.spec import Export, Parameter, RunSpec
+from orchestrator.units import GIB
+
+STEPS = 2
+"""Optimizer state appears in the first step, and ZeRO-3 knows its order of use from the second on."""
+
+SAVED_AT_ONCE = GIB
+"""Bytes of pieces that a checkpoint gathers on the host before it writes them (train/checkpoint.py, CHUNK_BYTES)."""
+
+OpenWeights = Callable[[RunSpec, tuple[Parameter, ...]], Weights]
+
+
+class Performance:
+    """`run()` performs `spec` on `device` under `tracer`, as the rank that the process group says."""
+
+    def __init__(
+        self, spec: RunSpec, device: torch.device, tracer: Tracer, open_weights: OpenWeights = models.open_weights
+    ) -> None:
+        self.spec, self.device, self.tracer, self.open_weights = spec, device, tracer, open_weights
+
+    def run(self, rank: int = 0) -> None:
+        """Load, two optimizer steps on full-length samples, save.
+
+        Raises:
+            LayoutDrift: what is live is not what the Layout says.
+        """
+        import peft  # noqa: F401  (its import makes tensors that live as long as the process; they are not the run's)
+
+        tracer, spec = self.tracer, self.spec
+        with tracer:
+            tracer.enter_phase("load")
+            engine = engines.make(spec, self.device, self._loss_sum)
+            module = self.build(engine)
+            table = models.table_of(module)
+            engine.adopt(module, self.weights(table))
+            layout = lay_out(spec, table, rank)
+            self._census(engine)
+            check_census(layout, engine.census(), LOADED)
+            for step in range(STEPS):
+                self._step(engine)
+                if step == 0:
+                    self._census(engine)
+                    check_census(layout, engine.census(), STEPPED)
+            tracer.enter_phase("save")
+            self._save(engine)
+        engine.close()
+
+    def build(self, engine: Engine) -> nn.Module:
+        """The module without values, made in the engine's context."""
+        return models.build(self.spec, engine.building())
+
+    def weights(self, table: tuple[Parameter, ...]) -> Weights:
+        return self.open_weights(self.spec, table)
+
+    def _census(self, engine: Engine) -> None:
+        with watched(self.tracer.name):
+            engine.census()
+
+    def _loss_sum(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """The project's loss, which marks where forward begins and backward begins."""
+        self.tracer.enter_phase("forward")
+        loss = models.loss_sum(model, batch)
+        self.tracer.enter_phase("backward")
+        return loss
+
+    def _step(self, engine: Engine) -> None:
+        size, length = self.spec.batch.micro, self.spec.data.seq_len
+        for index in range(self.spec.batch.accumulation):
+            self.tracer.enter_phase("forward")
+            ids = torch.zeros(size, length, dtype=torch.int64)
+            batch = MicroBatch(ids, torch.ones_like(ids), torch.zeros_like(ids))
+            engine.forward_backward(batch, self.spec.batch.global_size, last=index == self.spec.batch.accumulation - 1)
+            del ids, batch
+        self.tracer.enter_phase("step")
+        engine.step(self.spec.optimizer.lr)
+
+    def _save(self, engine: Engine) -> None:
+        """What a checkpoint and, where asked for, an export move to the host."""
+        pieces, _ = engine.save()
+        chunk: list[torch.Tensor] = []
+        held = 0
+        for piece in pieces:
+            if not piece.owned:
+                continue
+            if chunk and held + piece.data.nbytes > SAVED_AT_ONCE:
+                chunk, held = [], 0
+            chunk.append(piece.data.detach().to("cpu").contiguous())
+            held += piece.data.nbytes
+        chunk.clear()
+        if self.spec.export != Export("none", False):
+            for _ in engine.full_tensors():
+                pass

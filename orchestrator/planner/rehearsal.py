@@ -1,0 +1,127 @@
+"""The rehearsal: a run performed by the real engine code on fake tensors, as rank r of N, in a process of its own.
+
+`rehearse(spec, rank)` is the door. `python -m orchestrator.planner.rehearsal` is the child: a spec as JSON on stdin, the
+result as JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.planner.trace import Living, Trace
+from orchestrator.spec import RunSpec, from_json, to_json
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank would hold.
+
+    Attributes:
+        rank: the rank that was played.
+        trace: every allocation and free, for `allocator.replay`.
+        peaks: home ("gpu", "cpu") to phase to the largest sum of living bytes, as requested (not rounded).
+        alive: what was alive at the peak of the device, largest first.
+        peak_phase: the phase of that peak.
+        seconds: how long the rehearsal took.
+        basis: "full" where every layer was traced, "spliced" where some were repeated.
+    """
+
+    rank: int
+    trace: Trace
+    peaks: Mapping[str, Mapping[str, int]]
+    alive: tuple[Living, ...]
+    peak_phase: str
+    seconds: float
+    basis: str = "full"
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest sum of living bytes on the device that computes, over all phases."""
+        return max(self.peaks["gpu"].values(), default=0)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Largest sum of living tensor bytes on the host; 0 where the host is the device that computes."""
+        return max(self.peaks["cpu"].values(), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank, "trace": self.trace.to_json(), "peaks": {h: dict(p) for h, p in self.peaks.items()},
+            "alive": [list(item) for item in self.alive], "peak_phase": self.peak_phase, "seconds": self.seconds,
+            "basis": self.basis,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rehearsal:
+        """Inverse of `to_json`."""
+        return cls(
+            data["rank"], Trace.from_json(data["trace"]), data["peaks"], tuple(Living(*item) for item in data["alive"]),
+            data["peak_phase"], data["seconds"], data["basis"],
+        )  # fmt: skip
+
+
+class RehearsalError(OrchestratorError):
+    """The rehearsal itself failed: our own bug, a new library version, or a model that cannot be traced."""
+
+    title = "The run could not be rehearsed"
+
+
+def summarize(rank: int, trace: Trace, seconds: float, basis: str = "full") -> Rehearsal:
+    """The peaks of a trace and what was alive at the highest of the device."""
+    at = trace.peak_position()
+    phase = trace.segments[trace.notes[trace.note[at]].segment] if at >= 0 else "load"
+    peaks = {home: trace.peaks(home) for home in ("gpu", "cpu")}
+    return Rehearsal(rank, trace, peaks, trace.living(at), phase, seconds, basis)
+
+
+def rehearse(spec: RunSpec, rank: int = 0, *, timeout: float = 600.0) -> Rehearsal:
+    """What rank `rank` of `spec.strategy.ranks` allocates in load, two optimizer steps and save. Runs in a child process.
+
+    Raises:
+        RehearsalError: the child failed or took longer than `timeout` seconds; carries its last words.
+    """
+    request = json.dumps({"spec": to_json(spec), "rank": rank})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "orchestrator.planner.rehearsal"],
+            input=request, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RehearsalError(f"{spec.strategy.label}: no result after {timeout:.0f} s") from error
+    if child.returncode != 0:
+        words = child.stderr.strip().splitlines()[-12:] or ["(it said nothing)"]
+        raise RehearsalError(f"{spec.strategy.label}: the rehearsal ended with code {child.returncode}\n" + "\n".join(words))
+    return Rehearsal.from_json(json.loads(child.stdout.splitlines()[-1]))
+
+
+def rehearse_here(spec: RunSpec, rank: int = 0) -> Rehearsal:
+    """The same in this process, which afterwards is good for rehearsals alone (see `fake`); torch's default process group must
+    not exist yet, or be the fake one with the same rank and size."""
+    from orchestrator.planner.stage import play
+
+    began = time.perf_counter()
+    trace = play(spec, rank)
+    return summarize(rank, trace, time.perf_counter() - began)
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print on stdout; the answer must be alone there
+    rehearsal = rehearse_here(from_json(RunSpec, request["spec"]), request["rank"])
+    json.dump(rehearsal.to_json(), answer)
+    answer.flush()
+    os._exit(0)  # fake tensors and fake groups do not survive the interpreter's clean-up
+
+
+if __name__ == "__main__":
+    main()
