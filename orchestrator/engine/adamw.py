@@ -14,9 +14,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def make_adamw(parameters: Iterable[torch.Tensor], spec: Optimizer) -> torch.optim.AdamW:
     """torch's AdamW in one group. Fused: one pass over the state, no parameter-sized temporary, on CPU and CUDA alike."""
-    return torch.optim.AdamW(
-        parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

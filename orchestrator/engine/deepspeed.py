@@ -43,6 +43,19 @@ def _import_deepspeed(on_cpu: bool) -> Any:
     return deepspeed
 
 
+def _partitioner(deepspeed: Any, config: dict[str, Any], dtype: torch.dtype) -> AbstractContextManager[object]:
+    """`zero.Init` without its broadcast of every whole parameter from rank 0: the values are filled in later, part by part,
+    so sending them would move the whole model for nothing and touch memory that no rank keeps."""
+
+    class Partitioner(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
+        def _zero_init_param(self, parameter: Any) -> None:
+            self._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    context: AbstractContextManager[object] = Partitioner(config_dict_or_path=config, dtype=dtype)
+    return context
+
+
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Keep floating-point buffers as they are while DeepSpeed casts the module: a rope table in bf16 moves positions."""
@@ -82,10 +95,7 @@ class DeepSpeedEngine:
     def building(self) -> AbstractContextManager[object]:
         if self.shard is not Shard.PARAMETERS:
             return without_storage()
-        context: AbstractContextManager[object] = self.deepspeed.zero.Init(
-            config_dict_or_path=self.config, dtype=self.compute
-        )
-        return context
+        return _partitioner(self.deepspeed, self.config, self.compute)
 
     def adopt(self, model: nn.Module, weights: Weights) -> None:
         if self.shard is Shard.PARAMETERS:
@@ -244,7 +254,7 @@ class DeepSpeedEngine:
         line = "adapters" if any("lora_" in name for name, _ in self._trained()) else "weights"
         strategy = self.spec.strategy
         optimizer_home, zero = strategy.optimizer_home, self.zero
-        parameters = list(self.model.parameters())
+        parameters: list[Any] = list(self.model.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
         masters = self._masters()
         moments = [state.get(kind) for state in self.optimizer.state.values() for kind in MOMENTS]
@@ -262,7 +272,7 @@ class DeepSpeedEngine:
                     ("bucket", Home.GPU, [bucket.buffer for bucket in zero.ipg_buckets.values()]),
                 ]
             )
-        rows = [
+        rows: list[tuple[str, Home, list[Any]]] = [
             ("frozen", Home.GPU, frozen),
             (line, Home.GPU, [p for p in parameters if p.requires_grad]),
             ("master", optimizer_home, masters),

@@ -186,7 +186,7 @@ class FsdpEngine:
         for name, parameter in self._trained():
             sharded = cast(DTensor, parameter.detach())
             if self.home is not Home.GPU:
-                sharded = sharded.to(self.device)
+                sharded = cast(DTensor, sharded.to(self.device))
             whole = sharded.full_tensor().to(self.compute)
             yield name, whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
 

@@ -33,7 +33,9 @@ def architecture(spec: RunSpec) -> Any:
     try:
         return AutoConfig.from_pretrained(resolve(spec.model), trust_remote_code=spec.model.trust_remote_code)
     except (ValueError, OSError) as error:
-        raise ModelError(Fault("model.path", f"{spec.model.path}: {str(error).splitlines()[0]}", "give a causal model")) from error
+        raise ModelError(
+            Fault("model.path", f"{spec.model.path}: {str(error).splitlines()[0]}", "give a causal model")
+        ) from error
 
 
 def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
@@ -82,7 +84,9 @@ def _with_adapters(model: Any, spec: RunSpec) -> Any:
     except ValueError as error:
         modules = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
-            Fault("tuning.targets", f"{', '.join(tuning.targets)}: {str(error).splitlines()[0]}", f"linear: {', '.join(modules)}")
+            Fault(
+                "tuning.targets", f"{', '.join(tuning.targets)}: {str(error).splitlines()[0]}", f"linear: {', '.join(modules)}"
+            )
         ) from error
 
 

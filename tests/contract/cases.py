@@ -61,7 +61,9 @@ def all_cases(ranks: int) -> list[Case]:
     if ranks == 2:
         return [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
-    return plain + [Case(name, "full", "fp32", 1, tied=True) for name in ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")]
+    return plain + [
+        Case(name, "full", "fp32", 1, tied=True) for name in ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")
+    ]
 
 
 def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:

@@ -1,0 +1,158 @@
+"""The layout and its lowering: round trips, pinned files, and the libraries that must take what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract.cases import Case, all_cases, run_spec, strategies
+
+from orchestrator.errors import LayoutDrift
+from orchestrator.layout import (
+    LOADED,
+    STEPPED,
+    Layout,
+    Row,
+    accelerate_config,
+    check_census,
+    lay_out,
+    lower,
+    parameter_table,
+    read_back,
+)
+from orchestrator.spec import Buckets, Engine, Home, Shard, Strategy
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+
+
+def spec_of(name: str, tuning: str = "full", compute: str = "bf16", ranks: int = 4) -> Any:
+    return run_spec(Case(name, tuning, compute, 1), ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_what_is_lowered_reads_back_as_it_was(ranks: int) -> None:
+    for name, strategy in strategies(max(2, ranks)).items():
+        for compute in ("fp32", "bf16", "fp16"):
+            spec = spec_of(name, compute=compute, ranks=max(2, ranks))
+            found, batch, dtype, clip = read_back(json.loads(json.dumps(lower(spec))))
+            expected = strategy
+            if strategy.engine is Engine.DEEPSPEED and strategy.shard is not Shard.PARAMETERS and strategy.buckets:
+                unused, defaults = strategy.buckets, Buckets()  # knobs that only stage 3 has do not travel
+                expected = replace(
+                    strategy,
+                    buckets=replace(
+                        unused, prefetch=defaults.prefetch, persistence=defaults.persistence,
+                        max_live=defaults.max_live, max_reuse=defaults.max_reuse,
+                    ),
+                )  # fmt: skip
+            assert (found, batch, dtype, clip) == (expected, spec.batch, compute, spec.optimizer.clip)
+
+
+@pytest.mark.parametrize("name", [*strategies(4), "plain"])
+def test_golden_lowering(name: str) -> None:
+    spec = replace(spec_of("zero1"), strategy=Strategy(Engine.PLAIN, Shard.NONE)) if name == "plain" else spec_of(name)
+    path = GOLDEN / f"{name}.json"
+    text = json.dumps(lower(spec), indent=2) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert path.read_text() == text, f"the lowering of {name} changed; if that was meant, run again with UPDATE_GOLDEN=1"
+
+
+@pytest.mark.parametrize("name", [name for name, s in strategies(4).items() if s.engine is Engine.DEEPSPEED])
+def test_deepspeeds_own_config_model_takes_it(name: str) -> None:
+    """In a process of its own: DeepSpeed's config reads the world size from the environment."""
+    code = (
+        "import json, sys; from deepspeed.runtime.config import DeepSpeedConfig\n"
+        "config = json.load(sys.stdin); made = DeepSpeedConfig(config, mesh_device=None)\n"
+        "zero = made.zero_config.model_dump(by_alias=True)\n"
+        "wrong = {k: (v, zero.get(k)) for k, v in config['zero_optimization'].items() if not isinstance(v, dict) and zero.get(k) != v}\n"
+        "assert not wrong, wrong\n"
+        "assert made.gradient_accumulation_steps == config['gradient_accumulation_steps']\n"
+    )
+    spec = spec_of(name, ranks=2)
+    spec = replace(spec, batch=replace(spec.batch, micro=spec.batch.micro * 2), strategy=replace(spec.strategy, dp_shard=1))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], input=json.dumps(lower(spec)), text=True, capture_output=True,
+        env=environment, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def test_padding_and_rank_decide_the_rows() -> None:
+    """17 rows over 4 ranks are 5, 5, 5 and 2: FSDP2 stores 5 on each, and the last rank's moments are of 2."""
+    spec = spec_of("full_shard")
+    table = parameter_table(spec)
+    assert table is not None
+    head = next(p for p in table if p.name == "lm_head.weight")
+    assert head.shape == (257, 48)
+    first, last = lay_out(spec, [head], rank=0), lay_out(spec, [head], rank=3)
+    assert [row.elements for row in first.rows] == [0, 65 * 48, 2 * 65 * 48]
+    assert [row.elements for row in last.rows] == [0, 65 * 48, 2 * 62 * 48]
+    assert last.rows[1].padding == 3 * 48
+
+
+def test_states_shrink_with_the_stage() -> None:
+    """ZeRO's promise (arXiv:1910.02054, figure 1): 16 bytes a parameter, less with each stage."""
+    held = []
+    for name in ("zero0", "zero1", "zero2", "zero3"):
+        spec = spec_of(name, ranks=4)
+        table = parameter_table(spec)
+        assert table is not None
+        layout = lay_out(spec, table)
+        held.append(layout.peak_bytes(Home.GPU))
+    assert held[0] > held[1] > held[2]
+
+
+def test_drift_names_line_dtype_home_and_both_figures() -> None:
+    layout = Layout(1, 4, (Row("weights", "bf16", Home.GPU, 1000), Row("moments", "fp32", Home.CPU, 500, since=STEPPED)))
+    check_census(layout, [Row("weights", "bf16", Home.GPU, 1000)], LOADED)
+    with pytest.raises(LayoutDrift) as caught:
+        check_census(layout, [Row("weights", "bf16", Home.GPU, 1024)], STEPPED)
+    text = str(caught.value)
+    assert "rank 1, weights (bf16, gpu): 1,024 elements live, 1,000 expected (48 B apart, after step)" in text
+    assert "rank 1, moments (fp32, cpu): 0 elements live, 500 expected" in text
+
+
+def test_transformers_trainer_takes_the_deepspeed_json(tmp_path: Path) -> None:
+    """The printed JSON, unchanged, trains two steps in transformers' own Trainer."""
+    spec = spec_of("zero2", compute="fp32", ranks=2)
+    spec = replace(spec, batch=replace(spec.batch, micro=8), strategy=replace(spec.strategy, dp_shard=1))
+    (tmp_path / "ds.json").write_text(json.dumps(lower(spec)))
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trainer_peer.py")), str(tmp_path)],
+        text=True, capture_output=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "TRAINED 2 DeepSpeedZeroOptimizer" in ended.stdout
+
+
+def test_accelerate_takes_the_fsdp_config(tmp_path: Path) -> None:
+    """`accelerate launch` with the printed file starts two FSDP2 processes that shard as asked."""
+    spec = spec_of("full_shard", compute="fp32", ranks=2)
+    path = tmp_path / "fsdp.json"
+    path.write_text(json.dumps(accelerate_config(spec)))
+    accelerate = Path(sys.executable).with_name("accelerate")
+    ended = subprocess.run(
+        [str(accelerate), "launch", "--config_file", str(path), str(Path(__file__).with_name("accelerate_peer.py"))],
+        text=True, capture_output=True, timeout=300, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("SHARDED fsdp_version=2 reshard=True DTensor") == 2, ended.stdout[-2000:]
+
+
+def test_every_case_of_the_contract_has_a_layout() -> None:
+    for case in all_cases(2):
+        spec = run_spec(case, 2)
+        table = parameter_table(spec)
+        assert table is not None
+        assert lay_out(spec, table, 1).rest_bytes(Home.GPU) + lay_out(spec, table, 1).rest_bytes(Home.CPU) > 0
