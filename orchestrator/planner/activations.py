@@ -1,0 +1,137 @@
+"""Activations of one micro-batch as a closed form: what autograd keeps of each block and of the loss, in bytes.
+
+Counted tensor by tensor from transformers 5.23 (models/llama/modeling_llama.py), peft 0.21 (tuners/lora/layer.py), the
+flash kernels of torch's scaled_dot_product_attention and the project's own loss. It is the estimate of a plan whose
+`basis` is "layout"; a rehearsal counts the same by running the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.spec import ModelShape, RunSpec
+from orchestrator.units import dtype_bytes
+
+FP32 = 4
+LOSS_FORWARD_FP32 = 2
+"""Logit-sized fp32 tensors at the end of the forward: the cast logits and log_softmax's result (model/loss.py)."""
+
+LOSS_BACKWARD_FP32 = 3
+"""At the start of the backward: log_softmax's result, the gradient of nll_loss and that of log_softmax."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Widths on one rank, `c` bytes to an element in the compute dtype. Tensor parallelism divides heads and MLP alone."""
+
+    hidden: int
+    inner: int
+    query: int
+    key: int
+    heads: int
+    vocabulary: int
+    c: int
+
+
+def sizes(shape: ModelShape, compute: str, tp: int = 1) -> Sizes:
+    """The widths of `shape` on one of `tp` ranks."""
+    return Sizes(
+        hidden=shape.hidden_size,
+        inner=shape.intermediate_size // tp,
+        query=shape.num_attention_heads * shape.head_dim // tp,
+        key=shape.num_key_value_heads * shape.head_dim // tp,
+        heads=max(1, shape.num_attention_heads // tp),
+        vocabulary=shape.vocab_size,
+        c=dtype_bytes(compute),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes of one micro-batch on one rank.
+
+    `blocks` rest from the forward until the backward reaches them (with recompute: the inputs of the blocks alone).
+    `one_block` is what the block at work holds in full, `transient` the gradients inside it, `attention` the flash
+    backward's own buffers. `logits` are those in the compute dtype, `loss_forward` and `loss_backward` all tensors of their
+    size at the two peaks of the loss; `head` is what the final norm and the head keep.
+    """
+
+    blocks: int
+    one_block: int
+    transient: int
+    attention: int
+    head: int
+    logits: int
+    loss_forward: int
+    loss_backward: int
+
+    @property
+    def saved(self) -> int:
+        """What is kept when the forward has ended, logits apart."""
+        return self.blocks + self.head
+
+
+def _norms(s: Sizes, full: bool, shape: ModelShape) -> int:
+    """Two norms: the fp32 copy that the square and the product share, and its root; trained weights keep their factor."""
+    factor = FP32 if shape.model_type == "gemma" else s.c
+    kept = 2 * (FP32 * s.hidden + FP32 + (factor * s.hidden if full else 0))
+    if shape.model_type == "qwen3":
+        kept += (FP32 + (s.c if full else 0)) * (s.query + s.key)
+    return kept
+
+
+def _adapters(spec: RunSpec, s: Sizes, targets: frozenset[str]) -> int:
+    """The narrow product of each adapter and, with dropout, its own dropped input and mask."""
+    width = {"o_proj": s.query, "down_proj": s.inner}
+    kept = 0
+    for name in targets:
+        kept += s.c * spec.tuning.rank
+        if spec.tuning.dropout:
+            kept += (s.c + 1) * width.get(name, s.hidden)
+    return kept
+
+
+def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
+    """Bytes for each token that autograd keeps of one block."""
+    full = spec.tuning.kind == "full"
+    targets = frozenset() if full else frozenset(spec.tuning.targets)
+
+    def input_of(*names: str) -> bool:
+        """Whether the input of these linears is kept: for a gradient of their weights, or of an adapter's."""
+        return full or bool(targets & set(names))
+
+    kept = _norms(s, full, shape) + _adapters(spec, s, targets)
+    kept += s.c * s.hidden * (input_of("q_proj", "k_proj", "v_proj") + input_of("gate_proj", "up_proj"))
+    kept += s.c * (2 * s.query + 2 * s.key) + FP32 * s.heads  # q, k, v, the output, and its log-sum-exp
+    kept += s.c * s.inner * (3 + input_of("down_proj"))  # gate, its activation, up, their product
+    return kept
+
+
+def activations(spec: RunSpec, shape: ModelShape) -> Activations:
+    """The activations of `spec.batch.micro` rows of `spec.data.seq_len` tokens."""
+    s = sizes(shape, spec.precision.compute, spec.strategy.tp)
+    tokens = spec.batch.micro * spec.data.seq_len
+    full = spec.tuning.kind == "full"
+    block = tokens * _block(spec, shape, s)
+    inputs = tokens * s.c * s.hidden
+    recompute = spec.recompute != "none"
+    # Gradients of the product, of both its factors and of the residual stream live at once; the norms work in fp32.
+    transient = tokens * (3 * s.c * s.inner + 2 * s.c * s.hidden + 2 * FP32 * s.hidden)
+    # fp32 gradient of q, and with grouped heads k and v expanded to all of them (flash_api.cpp, mha_bwd).
+    expanded = 2 * s.c * s.query if s.key != s.query else 0
+    attention = tokens * (FP32 * s.query + expanded) if s.c < FP32 else 0
+    head = tokens * (FP32 * s.hidden + (2 * s.c * s.hidden if full else 0))
+    logits = tokens * s.vocabulary
+    # Rows beyond the first make the shifted logits a copy (flatten of a slice).
+    low = (s.c if s.c < FP32 else 0) + (s.c if spec.batch.micro > 1 else 0)
+    cast = LOSS_FORWARD_FP32 * FP32
+    return Activations(
+        blocks=shape.num_hidden_layers * (inputs if recompute else block),
+        one_block=block,
+        transient=transient,
+        attention=attention,
+        head=head,
+        logits=logits * s.c,
+        loss_forward=logits * (low + cast),
+        loss_backward=logits * LOSS_BACKWARD_FP32 * FP32,
+    )

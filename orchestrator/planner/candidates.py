@@ -1,0 +1,92 @@
+"""Every strategy that the project can run on a cluster, as what to type and as the spec that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from orchestrator.config.schema import FsdpConf, FsdpKind, ZeroConf
+from orchestrator.config.strategy import buckets, shard_size
+from orchestrator.planner.device import CPU
+from orchestrator.spec import ZERO_STAGES, Batch, Engine, Home, RunSpec, Shard, Strategy
+
+RECOMPUTE = ("none", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """`words` is what to type beside the rest of the run; `spec` is what that composes to."""
+
+    words: str
+    spec: RunSpec
+
+
+def _with(spec: RunSpec, strategy: Strategy) -> RunSpec | None:
+    """`spec` under `strategy`, its micro-batch kept where the global batch allows it; None where it cannot be divided."""
+    share, rest = divmod(spec.batch.global_size, strategy.dp)
+    if rest:
+        return None
+    micro = next(size for size in range(min(spec.batch.micro, share), 0, -1) if share % size == 0)
+    batch = Batch(spec.batch.global_size, micro, share // micro)
+    return replace(spec, strategy=strategy, batch=batch)
+
+
+def _deepspeed(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
+    ranks, knobs = spec.strategy.ranks, buckets(ZeroConf(), spec.model.shape)
+    pinned = spec.cluster.card.name != CPU
+    for stage, shard in ZERO_STAGES.items():
+        if shard is Shard.NONE and spec.precision.compute == "fp16":
+            continue  # its optimizer without sharding does not clip (config/checks.py)
+        zero = Strategy(Engine.DEEPSPEED, shard, dp_shard=ranks, buckets=knobs)
+        yield f"zero=stage{stage}", zero
+        if shard is Shard.NONE:
+            continue
+        halfway = replace(zero, optimizer_home=Home.CPU, pin_memory=pinned)
+        yield f"zero=stage{stage} offload=optimizer", halfway
+        if shard is Shard.PARAMETERS:
+            yield f"zero=stage{stage} offload=cpu", replace(halfway, parameter_home=Home.CPU)
+
+
+def _fsdp(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
+    ranks = spec.strategy.ranks
+    for kind in (FsdpKind.full_shard, FsdpKind.shard_grad_op, FsdpKind.hybrid_shard):
+        group = shard_size(FsdpConf(kind=kind), ranks, spec.cluster)
+        if kind is FsdpKind.hybrid_shard and not 1 < group < ranks:
+            continue
+        strategy = Strategy(
+            Engine.FSDP, Shard.PARAMETERS, dp_replicate=ranks // group, dp_shard=group,
+            reshard_after_forward=kind is not FsdpKind.shard_grad_op,
+        )  # fmt: skip
+        yield f"fsdp={kind.name}", strategy
+        pinned = spec.cluster.card.name != CPU
+        offloaded = replace(strategy, optimizer_home=Home.CPU, parameter_home=Home.CPU, pin_memory=pinned)
+        yield f"fsdp={kind.name} offload=cpu", offloaded
+
+
+def strategies(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
+    """(what to type, strategy) for the ranks of `spec`; none that `compose` would refuse."""
+    if spec.strategy.ranks == 1:
+        yield "zero=none", Strategy(Engine.PLAIN, Shard.NONE)
+    yield from _deepspeed(spec)
+    yield from _fsdp(spec)
+
+
+def candidates(spec: RunSpec, recompute: tuple[str, ...] = RECOMPUTE) -> tuple[Candidate, ...]:
+    """Every strategy on the ranks of `spec`, with each of `recompute`."""
+    found = []
+    for words, strategy in strategies(spec):
+        other = _with(spec, strategy)
+        if other is None:
+            continue
+        for kind in recompute:
+            text = words if kind == RECOMPUTE[0] else f"{words} recompute={kind}"
+            found.append(Candidate(text, replace(other, recompute=kind)))
+    return tuple(found)
+
+
+def typed(spec: RunSpec) -> str:
+    """What to type for the strategy of `spec` itself; its label where no candidate is like it (hand-set knobs)."""
+    for words, strategy in strategies(spec):
+        if strategy.label == spec.strategy.label:
+            return words if spec.recompute == RECOMPUTE[0] else f"{words} recompute={spec.recompute}"
+    return spec.strategy.label

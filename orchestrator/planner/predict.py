@@ -1,0 +1,207 @@
+"""From a spec to its Plan: by the Layout and an activation estimate, or by a rehearsal of the engine's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from orchestrator.errors import Fault, ModelError
+from orchestrator.layout import lay_out, parameter_table
+from orchestrator.ledger import Entry, Ledger
+from orchestrator.planner import device
+from orchestrator.planner.candidates import typed
+from orchestrator.planner.moments import GPU, card_moments, host_lines, largest, ledger_of
+from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Room
+from orchestrator.planner.rehearsal import Rehearsal, rehearse
+from orchestrator.planner.roofline import StepTime, step_time
+from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec
+from orchestrator.units import MIB, align_up, format_bytes
+
+LARGE_BLOCK = 2 * MIB
+"""Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
+
+UNCALIBRATED = "step times are peaks of the sourced specification, not calibrated: they rank strategies, real steps are slower"
+
+
+def table_for(spec: RunSpec) -> tuple[Parameter, ...]:
+    """The parameters of the spec's model: from its dimensions, else from the module itself, built without storage."""
+    table = parameter_table(spec)
+    if table is not None:
+        return table
+    from orchestrator.engine.materialize import without_storage
+    from orchestrator.model import build, table_of
+
+    return table_of(build(spec, without_storage()))
+
+
+def shape_for(spec: RunSpec) -> ModelShape:
+    """The dimensions of the spec's model.
+
+    Raises:
+        ModelError: its config.json states none that are known here.
+    """
+    if spec.model.shape is None:
+        problem = f"the dimensions of {spec.model.path} cannot be told from its config.json"
+        remedy = "plan a model whose config.json states hidden_size and num_hidden_layers"
+        raise ModelError(Fault("model.path", problem, remedy))
+    return spec.model.shape
+
+
+def without_weights(spec: RunSpec) -> RunSpec:
+    """`spec` with random weights where its dimensions alone make the module: no weights are read and no hub is asked."""
+    if spec.model.shape is None or not spec.model.shape.known:
+        return spec
+    return replace(spec, model=replace(spec.model, path=None))
+
+
+def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> int:
+    """Bytes that page-locking adds: torch's pinned allocator rounds each block up to a power of two (ATen/core/
+    CachingHostAllocator.h). ZeRO pins flat buffers, FSDP2 each parameter; the moments stay pageable."""
+    if not spec.strategy.pin_memory:
+        return 0
+
+    def waste(size: int) -> int:
+        return (1 << (size - 1).bit_length()) - size if size > 0 else 0
+
+    if spec.strategy.engine is Engine.FSDP:
+        ranks, c = spec.strategy.dp_shard, 4
+        return sum(waste(p.numel // ranks * (c if p.trainable else 2)) for p in table)
+    largest_flat = spec.strategy.buckets.sub_group * 4 if spec.strategy.buckets else 0
+    wasted = 0
+    for line, size in lines.items():
+        if line == "moments":
+            continue
+        whole, rest = divmod(size, largest_flat) if largest_flat else (0, size)
+        wasted += whole * waste(largest_flat) + waste(rest)
+    return wasted
+
+
+def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> Room:
+    """Host memory of one rank: its process, what rests there, and the rounding of what is page-locked."""
+    need = device.process_bytes(spec.cluster) + sum(lines.values()) + _pinned(spec, table, lines)
+    return Room(need, device.host_share(spec.cluster))
+
+
+def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
+    notes = []
+    if time is not None:
+        notes.append(UNCALIBRATED)
+    elif spec.cluster.card.name == device.CPU:
+        notes.append("no step time: the rates of this machine's processor are not known")
+    else:
+        notes.append(f"no step time: the rates of the card {spec.cluster.card.name} are not known")
+    if spec.cluster.card.name != device.CPU and not spec.cluster.host_bytes:
+        notes.append("host memory is not held against a limit: cluster.host_gib states it")
+    if spec.strategy.ranks > spec.cluster.cards_per_node:
+        notes.append(f"{device.NETWORK_GB_PER_S:.1f} GB/s assumed between machines")
+    return tuple(notes)
+
+
+def _card(spec: RunSpec, allocated: int, reserved: int) -> CardUse:
+    """The card in sum. On a machine without cards its share of the host memory is the card, and the process the context."""
+    limit = spec.cluster.card.memory_bytes
+    if spec.cluster.card.name == device.CPU:
+        return CardUse(allocated, allocated, device.process_bytes(spec.cluster), 0, limit)
+    over = device.overhead(spec.cluster, spec.strategy.ranks)
+    return CardUse(allocated, reserved, over.context, over.communication, limit)
+
+
+def _assemble(
+    spec: RunSpec, table: Sequence[Parameter], basis: str, ledger: Ledger, memory: CardUse, peak: Peak, host: Room, nvme: Room
+) -> Plan:
+    time = step_time(spec, table, shape_for(spec))
+    tokens = spec.batch.global_size * spec.data.seq_len
+    label = spec.strategy.label if spec.recompute == "none" else f"{spec.strategy.label}+recompute"
+    return Plan(
+        label=label,
+        words=typed(spec),
+        model=spec.model.name,
+        tuning=spec.tuning.kind,
+        cluster=spec.cluster.name,
+        card=spec.cluster.card.name,
+        ranks=spec.strategy.ranks,
+        micro=spec.batch.micro,
+        accumulation=spec.batch.accumulation,
+        seq_len=spec.data.seq_len,
+        compute=spec.precision.compute,
+        basis=basis,
+        ledger=ledger,
+        memory=memory,
+        peak=peak,
+        host=host,
+        nvme=nvme,
+        time=time,
+        tokens_per_second=tokens / time.total if time is not None and time.total else None,
+        notes=_notes(spec, time),
+    )
+
+
+def _largest_first(lines: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(lines.items(), key=lambda item: -item[1]))
+
+
+def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0) -> Plan:
+    """The Plan of `spec` from its Layout and the activation estimate: milliseconds, no torch for the known families."""
+    table = table_for(spec) if table is None else table
+    moments = card_moments(spec, table, shape_for(spec), rank)
+    fullest = largest(moments)
+    elsewhere = {home: host_lines(spec, table, home, rank) for home in (Home.CPU, Home.NVME)}
+    host, nvme = _host(spec, table, elsewhere[Home.CPU]), Room(sum(elsewhere[Home.NVME].values()), 0)
+    memory = _card(spec, fullest.bytes, align_up(fullest.bytes, LARGE_BLOCK))
+    if spec.cluster.card.name == device.CPU:  # one memory holds both
+        inside = sum(elsewhere[Home.CPU].values())
+        memory = _card(spec, fullest.bytes + inside, fullest.bytes + inside)
+        host = Room(0, 0)
+    peak = Peak(fullest.phase, fullest.what, _largest_first(fullest.lines))
+    return _assemble(spec, table, LAYOUT, ledger_of(moments, elsewhere, rank), memory, peak, host, nvme)
+
+
+def _rehearsed_ledger(result: Rehearsal, workspace: int) -> Ledger:
+    """Bytes by phase and line as the trace found them at the peak of each phase."""
+    entries: list[Entry] = []
+    for home in ("gpu", "cpu"):
+        for phase, peak in result.peaks[home].items():
+            if not peak:
+                continue
+            lines: dict[str, int] = {}
+            for item in result.trace.living(result.trace.peak_position(home, phase), home):
+                lines[item.line] = lines.get(item.line, 0) + item.bytes
+            entries += [Entry(phase, line, home, count) for line, count in lines.items()]
+            if home == GPU and workspace and phase != "load":
+                entries.append(Entry(phase, "workspace", home, workspace))
+    return Ledger(result.rank, tuple(entries))
+
+
+def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0) -> Plan:
+    """The Plan of `spec` from running its engine on fake tensors, as rank `rank`, in a child process.
+
+    Raises:
+        RehearsalError: the engine could not be rehearsed.
+    """
+    table = table_for(spec) if table is None else table
+    result = rehearse(without_weights(spec), rank)
+    workspace = device.overhead(spec.cluster, spec.strategy.ranks).workspace
+    ledger = _rehearsed_ledger(result, workspace)
+    offloaded = result.host_peak_bytes
+    allocated = result.peak_bytes + workspace
+    alive = ledger.lines(result.peak_phase, GPU)
+    layout = lay_out(spec, table, rank)
+    lines = {row.line: row.bytes for row in layout.at("step") if row.home is Home.CPU}
+    host = Room(device.process_bytes(spec.cluster) + offloaded + _pinned(spec, table, lines), device.host_share(spec.cluster))
+    memory = _card(spec, allocated, align_up(allocated, LARGE_BLOCK))
+    if spec.cluster.card.name == device.CPU:
+        memory, host = _card(spec, allocated + offloaded, allocated + offloaded), Room(0, 0)
+    peak = Peak(result.peak_phase, f"{result.basis} trace", _largest_first(alive))
+    return _assemble(spec, table, REHEARSAL, ledger, memory, peak, host, Room(layout.rest_bytes(Home.NVME), 0))
+
+
+def predict(spec: RunSpec, basis: str = LAYOUT, table: Sequence[Parameter] | None = None) -> Plan:
+    """The Plan of `spec` on the asked `basis`."""
+    return by_rehearsal(spec, table) if basis == REHEARSAL else by_layout(spec, table)
+
+
+def summary(plan: Plan) -> str:
+    """The plan in one line: what it needs of what there is, and how long a step takes."""
+    used, limit = format_bytes(plan.memory.used), format_bytes(plan.memory.limit)
+    speed = f", {plan.time.total:.2f} s a step" if plan.time is not None else ""
+    return f"{used} of {limit} on each card, peak in {plan.peak.phase}{speed}"

@@ -1,0 +1,143 @@
+"""How long an optimizer step takes: a roofline for each class of operation on the card's sourced peaks.
+
+Matrix products run at the tensor cores' peak, everything else at the memory's; each of them at the factor in `FACTORS`,
+which is 1.0 where no recorded measurement exists. So the seconds are a lower bound, and their first duty is to rank
+strategies: all of them share the same compute, and differ by traffic, recompute and offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.planner.activations import FP32, Sizes, sizes
+from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, rates
+from orchestrator.planner.traffic import Traffic, traffic
+from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec
+
+GIGA, TERA = 1e9, 1e12
+
+FACTORS = {"matmul": 1.0, "attention": 1.0, "memory": 1.0, "link": 1.0, "host": 1.0}
+"""Share of the peak that is reached, by class of operation. 1.0: not calibrated, for want of a recorded measurement."""
+
+ADAM_BYTES = 30
+"""Bytes that one element's update moves: gradient, master and both moments read in fp32, the last three written, and the
+working copy in half precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step on the slowest part of the way; `total` is their sum.
+
+    `compute` is forward and backward, `recompute` the forward that is run again, `communication` and `offload` only
+    what computing does not hide, `update` the optimizer. `overlapped` is communication that computing hides: not in the sum.
+    """
+
+    compute: float
+    recompute: float
+    communication: float
+    offload: float
+    update: float
+    overlapped: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.recompute + self.communication + self.offload + self.update
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part, in the order of the sum."""
+        return {
+            "compute": self.compute,
+            "recompute": self.recompute,
+            "communication": self.communication,
+            "offload": self.offload,
+            "update": self.update,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Work for one token: FLOP of matrix products and of attention, bytes of everything else."""
+
+    matmul: float
+    attention: float
+    moved: float
+
+
+def _blocks(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, s: Sizes) -> _Pass:
+    """The forward of all blocks. Two FLOP for each weight, four for each earlier token and query width, half of it causal."""
+    weights = sum(p.numel for p in table if p.block >= 0 and len(p.shape) == 2) / spec.strategy.tp
+    attention = 4 * spec.data.seq_len / 2 * s.query * shape.num_hidden_layers
+    # Norms pass six times over fp32 copies, the residual twice, rotary four times, the MLP's product over three tensors.
+    moved = (2 * (6 * FP32 + 6 * s.c) + 6 * s.c) * s.hidden + 9 * s.c * (s.query + s.key) + 5 * s.c * s.inner
+    return _Pass(2 * weights, attention, moved * shape.num_hidden_layers)
+
+
+def _head(s: Sizes) -> _Pass:
+    """The head and the loss, forward: the product, the cast to fp32 and log_softmax."""
+    return _Pass(2 * s.hidden * s.vocabulary, 0, (s.c + 3 * FP32) * s.vocabulary)
+
+
+ATTENTION_BACKWARD = 2.5
+"""FLOP of the flash backward for each of the forward: five products for two (arXiv:2307.08691, section 4.1)."""
+
+
+def _seconds(work: _Pass, factor: float, spec: RunSpec, tokens: int, attention_factor: float = 1.0) -> float:
+    """`factor` times the matrix products and the other traffic of a pass, and `attention_factor` times its attention."""
+    card = spec.cluster.card
+    peak = card.half_tflops if spec.precision.compute != "fp32" else rates(card).fp32_tflops
+    matmul = work.matmul / (peak * TERA * FACTORS["matmul"])
+    attention = work.attention / (peak * TERA * FACTORS["attention"])
+    memory = work.moved / (card.memory_gb_per_s * GIGA * FACTORS["memory"])
+    return tokens * (factor * (matmul + memory) + attention_factor * attention)
+
+
+def link_rate(cluster: Cluster, ranks: int) -> float:
+    """Bytes a second that one rank can send to the next: its link, or across machines its share of the network."""
+    own = cluster.card.link_gb_per_s
+    if ranks > cluster.cards_per_node:
+        own = min(own, NETWORK_GB_PER_S / cluster.cards_per_node)
+    return own * GIGA * FACTORS["link"]
+
+
+def _update(spec: RunSpec, table: Sequence[Parameter], moved: Traffic) -> float:
+    trained = sum(p.numel for p in table if p.trainable)
+    sharded = spec.strategy.dp_shard if spec.strategy.shard != "none" else 1
+    if moved.updated:
+        share = HOST_MEMORY_GB_PER_S / spec.cluster.cards_per_node * FACTORS["host"]
+        return moved.updated * ADAM_BYTES / (share * GIGA)
+    return trained / sharded * ADAM_BYTES / (spec.cluster.card.memory_gb_per_s * GIGA * FACTORS["memory"])
+
+
+def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> StepTime | None:
+    """The parts of one optimizer step at full sequences; None where the card's rates are not known.
+
+    The backward costs twice the forward: once for the gradients of inputs, once for those of weights, which LoRA leaves
+    out. Collectives inside forward and backward hide behind the computing of the same pass; without `overlap_comm` they do
+    not, and offload traffic never does.
+    """
+    card = spec.cluster.card
+    if card.name == CPU or not (card.half_tflops and card.memory_gb_per_s):
+        return None
+    s = sizes(shape, spec.precision.compute, spec.strategy.tp)
+    tokens = spec.batch.micro * spec.batch.accumulation * spec.data.seq_len
+    blocks, head = _blocks(spec, table, shape, s), _head(s)
+    backward_factor = 2.0 if spec.tuning.kind == "full" else 1.0
+    forward = _seconds(blocks, 1, spec, tokens) + _seconds(head, 1, spec, tokens)
+    backward = _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
+    backward += _seconds(head, backward_factor, spec, tokens)
+    again = _seconds(blocks, 1, spec, tokens) if spec.recompute != "none" else 0.0
+    moved = traffic(spec, table)
+    rate = link_rate(spec.cluster, spec.strategy.ranks)
+    sent = [count / rate if rate else 0.0 for count in (moved.forward, moved.backward, moved.boundary)]
+    overlap = spec.strategy.buckets is None or spec.strategy.buckets.overlap_comm
+    hidden = min(sent[0], forward) + min(sent[1], backward + again) if overlap else 0.0
+    host = (moved.fetched + moved.returned) / (rates(card).host_gb_per_s * GIGA * FACTORS["host"])
+    return StepTime(
+        compute=forward + backward,
+        recompute=again,
+        communication=sum(sent) - hidden,
+        offload=host,
+        update=_update(spec, table, moved),
+        overlapped=hidden,
+    )

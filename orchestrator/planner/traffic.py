@@ -1,0 +1,106 @@
+"""Bytes that one rank sends in an optimizer step, by where they travel and what they can hide behind.
+
+Ring collectives: all-gather and reduce-scatter of M bytes over n ranks send M (n−1)/n from each, an all-reduce twice that
+(Patarasu and Yuan, J. Parallel Distrib. Comput. 69, 2009). Volumes of ZeRO: arXiv:1910.02054, section 7; of FSDP:
+arXiv:2304.11277, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.spec import Engine, Home, Parameter, RunSpec, Shard
+from orchestrator.units import dtype_bytes
+
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes for each rank and optimizer step.
+
+    `forward` and `backward` are sent while blocks compute, `boundary` between the backward and the next forward, where
+    nothing computes. `fetched` and `returned` cross the link to the host, of an offload; `updated` are elements that
+    the CPU updates.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    boundary: int = 0
+    fetched: int = 0
+    returned: int = 0
+    updated: int = 0
+
+    @property
+    def sent(self) -> int:
+        """Everything that goes from card to card."""
+        return self.forward + self.backward + self.boundary
+
+
+def _ring(size: int, ranks: int) -> int:
+    """Bytes that a rank sends to gather, or to reduce and scatter, `size` bytes."""
+    return size * (ranks - 1) // ranks
+
+
+def _deepspeed(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
+    strategy, c, micro = spec.strategy, dtype_bytes(spec.precision.compute), spec.batch.accumulation
+    ranks = strategy.dp_shard
+    trained = sum(p.numel for p in table if p.trainable)
+    own = trained // ranks
+    reduce = _ring(trained * c, ranks)
+    offloaded = strategy.optimizer_home is not Home.GPU
+    back = own * c if offloaded else 0
+    update = own if offloaded else 0
+    if strategy.shard is Shard.NONE:
+        return Traffic(boundary=2 * reduce)
+    if strategy.shard is Shard.OPTIMIZER:
+        # Reduced once, when the last micro-batch of the step ends (stage_1_and_2.py reduce_gradients).
+        hidden = reduce if micro == 1 else 0
+        return Traffic(backward=hidden, boundary=2 * reduce - hidden, fetched=back, returned=back, updated=update)
+    if strategy.shard is Shard.GRADIENTS:
+        return Traffic(backward=reduce * micro, boundary=reduce, fetched=back, returned=back * micro, updated=update)
+    assert strategy.buckets is not None, "a DeepSpeed strategy carries its buckets"
+    sharded = sum(p.numel for p in table if p.numel > strategy.buckets.persistence)
+    gather = _ring(sharded * c, ranks)
+    fetched = back
+    if strategy.parameter_home is not Home.GPU:
+        fetched += 2 * micro * sharded // ranks * c
+    return Traffic(gather * micro, (gather + reduce) * micro, 0, fetched, back * micro, update)
+
+
+def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
+    strategy, c, micro = spec.strategy, dtype_bytes(spec.precision.compute), spec.batch.accumulation
+    ranks, copies = strategy.dp_shard, strategy.dp_replicate
+    every = sum(p.numel for p in table)
+    trained = sum(p.numel for p in table if p.trainable)
+    gather, reduce = _ring(every * c, ranks), _ring(trained * FP32, ranks)
+    across = 2 * _ring(trained // ranks * FP32, copies)
+    gathers = 2 if strategy.reshard_after_forward else 1
+    fetched = returned = updated = 0
+    if strategy.parameter_home is not Home.GPU:
+        at_rest = trained // ranks * FP32 + (every - trained) // ranks * c
+        fetched, returned, updated = gathers * micro * at_rest, micro * trained // ranks * FP32, trained // ranks
+    return Traffic(
+        forward=gather * micro,
+        backward=(gather * (gathers - 1) + reduce + across) * micro,
+        fetched=fetched,
+        returned=returned,
+        updated=updated,
+    )
+
+
+def traffic(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
+    """What one rank sends in one optimizer step of `spec`. Tensor parallelism adds two all-reduces of the hidden state to
+    each block, in the forward and again in the backward (arXiv:1909.08053, section 3)."""
+    if spec.strategy.engine is Engine.PLAIN:
+        base = Traffic()
+    else:
+        base = _deepspeed(spec, table) if spec.strategy.engine is Engine.DEEPSPEED else _fsdp(spec, table)
+    shape, tp = spec.model.shape, spec.strategy.tp
+    if tp == 1 or shape is None:
+        return base
+    tokens = spec.batch.micro * spec.batch.accumulation * spec.data.seq_len
+    hidden = 2 * _ring(tokens * shape.hidden_size * dtype_bytes(spec.precision.compute), tp)
+    once = 2 * hidden * shape.num_hidden_layers
+    return Traffic(base.forward + once, base.backward + once, base.boundary, base.fetched, base.returned, base.updated)
