@@ -37,3 +37,28 @@ def positive(values: Mapping[str, str], key: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(Fault(key, f"{text!r} is not a whole number above zero", f"write {key}=64, for example"))
     return int(text)
+
+
+def choices(
+    overrides: Sequence[str], options: Mapping[str, Sequence[str]], defaults: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """(the values of the keys in `options`, which belong to a script and not to the run; the overrides of the run).
+
+    An empty sequence of options takes any word.
+
+    Raises:
+        ConfigError: a value that is not among its options.
+    """
+    values, rest, faults = dict(defaults), [], []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or key not in options:
+            rest.append(override)
+        elif (options[key] and value not in options[key]) or not value:
+            valid = f"valid: {', '.join(options[key])}" if options[key] else f"write {key}={defaults[key]}, for example"
+            faults.append(Fault(override, f"{key} cannot be {value or 'empty'}", valid))
+        else:
+            values[key] = value
+    if faults:
+        raise ConfigError(faults)
+    return values, rest

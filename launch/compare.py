@@ -1,0 +1,43 @@
+"""Compare strategies: `python launch/compare.py model=qwen_7b cluster=4xa10 tuning=lora [out=plans] [format=json]`.
+
+`key=a,b` crosses choices; without zero or fsdp every strategy is planned. Writes a picture and a page into `out`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("orchestrator") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orchestrator.config import run_app
+
+
+def compare(overrides: list[str]) -> int:
+    """Plan all, print one table, write the picture and the page; exit code 0 if something fits, 3 if nothing does."""
+    from orchestrator.errors import MisfitError
+    from orchestrator.planner.planning import BASES, LAYOUT, compare
+    from orchestrator.report import plan_page, plan_picture, plans
+    from orchestrator.report.arguments import choices
+    from orchestrator.report.progress import progress
+
+    options = {"format": ("text", "json"), "basis": BASES, "out": ()}
+    values, rest = choices(overrides, options, {"format": "text", "basis": LAYOUT, "out": "plans"})
+    with progress("plan") as advance:
+        made = compare(rest, basis=values["basis"], progress=advance)
+    title = f"{' '.join(rest)}"
+    if values["format"] == "json":
+        print(json.dumps([plan.to_json() for plan in made], indent=2))
+    else:
+        plans.show(plans.many(made))
+        folder = Path(values["out"]).expanduser()
+        picture = plan_picture.draw(made, title, folder / "compare.png")
+        page = plan_page.write(made, title, folder / "compare.html")
+        print(f"\npicture {picture}\npage    {page}")
+    return 0 if any(plan.fits for plan in made) else MisfitError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(compare, program="launch/compare.py"))
