@@ -47,12 +47,16 @@ def _answer_for_values() -> None:
     from torch._subclasses.fake_impls import op_implementations_dict
 
     def value(mode: FakeTensorMode, func: Any, tensor: torch.Tensor) -> bool | int | float:
-        """What `.item()` says: no flag is raised (overflow), counters and norms are one."""
+        """What `.item()` says: no flag is raised (DeepSpeed's are bytes), counters and norms are one."""
         if tensor.dtype == torch.bool:
             return False
+        if tensor.dtype == torch.uint8:
+            return 0
         return 1.0 if tensor.dtype.is_floating_point else 1
 
     op_implementations_dict[torch.ops.aten._local_scalar_dense.default] = value
+    # A collective's result is the tensor itself once it has arrived; the shape function would make another one.
+    op_implementations_dict[torch.ops._c10d_functional.wait_tensor.default] = lambda mode, func, tensor: tensor
     # Optimizers and gradient clipping take the fused path of plain tensors for fake ones too, as they do in the real run.
     _foreach_supported_types.append(FakeTensor)
     # Module._apply swaps fake parameters in place, which a weak reference forbids; nothing here keeps one across the swap.

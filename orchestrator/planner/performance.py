@@ -48,7 +48,7 @@ class Performance:
         tracer, spec = self.tracer, self.spec
         with tracer:
             tracer.enter_phase("load")
-            engine = engines.make(spec, self.device, self._loss_sum)
+            engine = self.make()
             module = self.build(engine)
             table = models.table_of(module)
             engine.adopt(module, self.weights(table))
@@ -64,6 +64,10 @@ class Performance:
             self._save(engine)
         engine.close()
 
+    def make(self) -> Engine:
+        """The engine of the spec."""
+        return engines.make(self.spec, self.device, self._loss_sum)
+
     def build(self, engine: Engine) -> nn.Module:
         """The module without values, made in the engine's context."""
         return models.build(self.spec, engine.building())
@@ -76,8 +80,7 @@ class Performance:
             engine.census()
 
     def _loss_sum(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """The project's loss, which marks where forward begins and backward begins."""
-        self.tracer.enter_phase("forward")
+        """The project's loss, which marks where forward ends and backward begins."""
         loss = models.loss_sum(model, batch)
         self.tracer.enter_phase("backward")
         return loss

@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from orchestrator import model as models
+from orchestrator.engine.deepspeed_alone import agree_with_peers
 from orchestrator.engine.protocol import Engine
 from orchestrator.planner import fake
 from orchestrator.planner.performance import Performance
@@ -19,6 +20,13 @@ from orchestrator.spec import RunSpec, Shard
 
 class FakePerformance(Performance):
     """A performance on fake tensors."""
+
+    def make(self) -> Engine:
+        with unset_fake_temporarily():  # a device mesh looks into its tensor of ranks
+            engine = super().make()
+        if self.spec.strategy.engine is Kind.DEEPSPEED:
+            agree_with_peers()
+        return engine
 
     def build(self, engine: Engine) -> nn.Module:
         if self.spec.strategy.engine is Kind.DEEPSPEED and self.spec.strategy.shard is Shard.PARAMETERS:

@@ -33,6 +33,11 @@ class _Seen:
     layer: int
 
 
+_GLOO_CHUNK = torch.ops.aten.split.Tensor
+"""Gloo copies the input of a reduce-scatter inside its own work and splits the copy, which is then seen here for the first
+time (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp). It belongs to that transport alone, so no view of it is traced."""
+
+
 def _wraps_tensors(kind: type) -> bool:
     """Whether tensors of this class only stand for others (DTensor, AsyncCollectiveTensor): those inside are traced instead."""
     return hasattr(kind, "__tensor_flatten__")
@@ -162,6 +167,8 @@ class Tracer(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self._before(func, args)
         result = func(*args, **(kwargs or {}))
+        if func is _GLOO_CHUNK:
+            return result
         op = str(func)
         if isinstance(result, torch.Tensor):
             self._see(result, op, self._layer_for(args, 0))

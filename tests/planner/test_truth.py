@@ -1,0 +1,84 @@
+"""Truth 1: to the byte on CPU. The rehearsal's peak in each phase is that of a real run of gloo ranks, traced the same way."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from planner.truth_cases import SAMPLE, Case, all_cases, run_spec
+from ranks import run_ranks
+
+from orchestrator.planner.rehearsal import rehearse
+from orchestrator.planner.trace import Trace
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "truth_cpu.md"
+
+
+def real_traces(cases: Sequence[Case], folder: Path) -> dict[Case, Trace]:
+    """The trace of rank 0 of each case; all cases of one number of ranks share their processes."""
+    for ranks in sorted({case.ranks for case in cases}):
+        names = [case.name for case in cases if case.ranks == ranks]
+        ended = run_ranks(Path(__file__).with_name("truth_worker.py"), [str(folder), *names], ranks, timeout=900)
+        assert all(code == 0 for code, _ in ended), "\n".join(text[-3000:] for _, text in ended)
+    return {c: Trace.from_json(json.loads((folder / f"{c.ranks}-{c.name}.json").read_text())) for c in cases}
+
+
+def apart(real: Trace, rehearsed: Trace) -> dict[str, int]:
+    """Rehearsed minus real peak of each phase, in bytes; phases that agree are left out."""
+    expected, found = real.peaks(), rehearsed.peaks()
+    assert expected.keys() == found.keys()
+    return {phase: found[phase] - expected[phase] for phase in expected if found[phase] != expected[phase]}
+
+
+def only_in(first: Trace, second: Trace) -> str:
+    """The operations that allocate more often in `first` than in `second`."""
+    counts = [Counter((t.segments[e.note.segment], e.note.op, e.bytes) for e in t if e.block > 0) for t in (first, second)]
+    extra = (counts[0] - counts[1]).most_common(4)
+    return ", ".join(f"{count}× {phase} {op} {size} B" for (phase, op, size), count in extra)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("truth")
+
+
+@lru_cache(maxsize=1)
+def sample_traces(folder: Path) -> dict[Case, Trace]:
+    return real_traces(SAMPLE, folder)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda case: f"{case.ranks}ranks-{case.name}")
+def test_rehearsal_is_the_real_run_to_the_byte(case: Case, folder: Path) -> None:
+    real, rehearsal = sample_traces(folder)[case], rehearse(run_spec(case))
+    assert apart(real, rehearsal.trace) == {}
+    assert rehearsal.peak_bytes == real.peak()
+
+
+@pytest.mark.slow
+def test_every_strategy_to_the_byte(folder: Path) -> None:
+    cases = [case for ranks in (1, 2, 4) for case in all_cases(ranks)]
+    real = real_traces(cases, folder)
+    lines = [
+        "# Rehearsal against real gloo ranks, rank 0, traced the same way", "",
+        "Peak of the allocated bytes, over all phases; the last column names the phases that differ and the operations behind it.",
+        "", "| ranks | case | real peak (B) | rehearsed − real (B) | phases that differ |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    wrong = []
+    for case in cases:
+        rehearsed = rehearse(run_spec(case)).trace
+        difference = apart(real[case], rehearsed)
+        peak = rehearsed.peak() - real[case].peak()
+        why = (
+            f"{difference}; real: {only_in(real[case], rehearsed)}; rehearsed: {only_in(rehearsed, real[case])}"
+            if difference
+            else ""
+        )
+        lines.append(f"| {case.ranks} | {case.name} | {real[case].peak():,} | {peak:+,} | {why} |")
+        if peak:
+            wrong.append(lines[-1])
+    RESULTS.write_text("\n".join([*lines, ""]))
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,92 @@
+"""Small runs whose memory is traced twice: by real gloo ranks, and by a rehearsal."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+from orchestrator import spec as s
+
+SHAPE = s.ModelShape(
+    model_type="llama", vocab_size=257, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=12, max_position_embeddings=64, tie_word_embeddings=False,
+)  # fmt: skip
+"""257 and 48 do not divide evenly by 4 ranks, so every padding rule has its share of the memory."""
+
+BUCKETS = s.Buckets(reduce=20_000, allgather=20_000, prefetch=10_000, persistence=100, max_live=50_000, max_reuse=50_000)
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    strategy: str
+    tuning: str
+    compute: str
+    recompute: str
+    accumulation: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-{self.tuning}-{self.compute}-{self.recompute}-x{self.accumulation}"
+
+
+def strategies(ranks: int) -> dict[str, s.Strategy]:
+    """Every strategy on `ranks` ranks; on one, the plain engine."""
+    if ranks == 1:
+        return {"plain": s.Strategy(s.Engine.PLAIN, s.Shard.NONE)}
+    cpu = s.Home.CPU
+    found: dict[str, s.Strategy] = {}
+    for stage, shard in s.ZERO_STAGES.items():
+        zero = s.Strategy(s.Engine.DEEPSPEED, shard, dp_shard=ranks, buckets=BUCKETS)
+        found[f"zero{stage}"] = zero
+        if stage:
+            found[f"zero{stage}_optimizer"] = replace(zero, optimizer_home=cpu)
+        if stage == 3:
+            found["zero3_cpu"] = replace(zero, optimizer_home=cpu, parameter_home=cpu)
+    fsdp = s.Strategy(s.Engine.FSDP, s.Shard.PARAMETERS, dp_shard=ranks)
+    found["full_shard"] = fsdp
+    found["full_shard_cpu"] = replace(fsdp, optimizer_home=cpu, parameter_home=cpu)
+    found["shard_grad_op"] = replace(fsdp, reshard_after_forward=False)
+    found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
+    return found
+
+
+def all_cases(ranks: int) -> list[Case]:
+    """Every strategy with half of the product of the other choices on one and two ranks, with two of them on four."""
+    product = [
+        ("full", "bf16", "none", 1),
+        ("full", "fp32", "full", 2),
+        ("lora", "bf16", "full", 1),
+        ("lora", "fp32", "none", 2),
+    ]
+    if ranks == 4:
+        product = [("full", "bf16", "none", 2), ("lora", "bf16", "full", 1)]
+    return [Case(ranks, name, *rest) for name, rest in itertools.product(strategies(ranks), product)]
+
+
+SAMPLE = [
+    Case(1, "plain", "full", "bf16", "none", 1),
+    Case(2, "zero1", "full", "bf16", "none", 1),
+    Case(2, "zero2", "lora", "bf16", "full", 1),
+    Case(2, "zero3", "full", "fp32", "full", 2),
+    Case(2, "zero3_cpu", "full", "bf16", "none", 1),
+    Case(2, "full_shard", "full", "fp32", "full", 2),
+    Case(2, "shard_grad_op", "lora", "fp32", "none", 2),
+]
+"""What continuous integration checks; each is also in `all_cases`."""
+
+
+def run_spec(case: Case, shape: s.ModelShape = SHAPE) -> s.RunSpec:
+    """The spec of a case: two samples a rank and micro-batch, 32 tokens each."""
+    lora = s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
+    micro = 2
+    card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
+    return s.RunSpec(
+        run=s.Run(None, 2, 1), seed=7, model=s.Model("small", None, False, shape),
+        tuning=lora if case.tuning == "lora" else s.Tuning("full"), strategy=strategies(case.ranks)[case.strategy],
+        batch=s.Batch(micro * case.ranks * case.accumulation, micro, case.accumulation), data=s.Data(None, 32),
+        optimizer=s.Optimizer("adamw", lr=1e-3), schedule=s.Schedule("constant", 0), recompute=case.recompute,
+        precision=s.Precision(case.compute), cluster=s.Cluster("local", 1, case.ranks, card),
+        checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0), export=s.Export("hf", False),
+        logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
+    )  # fmt: skip
