@@ -1,6 +1,6 @@
 """Peak private memory of each rank while it loads a model, as a ratio to its share of the model (bytes ÷ ranks).
 
-    python benchmarks/loading.py [--ranks 4] [--json FILE]
+    python benchmarks/loading.py [--ranks 4] [--ways WAY …] [--json FILE]
 
 The peer, measured in the same run, is `AutoModelForCausalLM.from_pretrained` on every rank followed by the same sharding:
 what a script does that does not think of it. A model of 304 MiB is made for the purpose and removed afterwards. Each way
@@ -27,7 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from ranks import run_ranks  # noqa: E402
 
-WAYS = ("from_pretrained fp32", "from_pretrained bf16", "fsdp=full_shard", "fsdp=full_shard bf16", "zero=stage3", "zero=stage3 offload=cpu")
+WAYS = (
+    "from_pretrained fp32",
+    "from_pretrained bf16",
+    "fsdp=full_shard",
+    "fsdp=full_shard bf16",
+    "zero=stage3",
+    "zero=stage3 offload=cpu",
+)
 POLL_SECONDS = 0.001
 
 
@@ -135,6 +142,7 @@ def _ours(way: str, folder: Path, ranks: int) -> int:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--ranks", type=int, default=4)
+    arguments.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"of: {', '.join(WAYS)}")
     arguments.add_argument("--json", type=Path)
     asked = arguments.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,7 +153,7 @@ def main() -> None:
         share = size // asked.ranks
         print(f"model {size / 2**20:.0f} MiB, {asked.ranks} ranks, share of a rank {share / 2**20:.0f} MiB")
         results = {}
-        for way in WAYS:
+        for way in asked.ways:
             ended = run_ranks(Path(__file__), ["--rank", way, str(folder), str(output)], asked.ranks, timeout=300)
             if any(code for code, _ in ended):
                 sys.exit("\n".join(text[-2000:] for _, text in ended))

@@ -15,6 +15,7 @@ from orchestrator.errors import Fault, ModelError
 from orchestrator.model.location import resolve
 from orchestrator.spec import Parameter, RunSpec
 
+
 def base_name(name: str) -> str:
     """The name in a checkpoint of a parameter of a PEFT-wrapped module: without PEFT's prefix and ".base_layer"."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -106,11 +107,9 @@ class SafetensorsWeights:
         return names
 
     def _slice(self, stored: str) -> Any:
-        from safetensors import safe_open
-
         file = self._files[stored]
         if file not in self._open:
-            self._open[file] = safe_open(self._folder / file, framework="pt")
+            self._open[file] = _open(self._folder / file)
         return self._open[file].get_slice(stored)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -121,35 +120,44 @@ class SafetensorsWeights:
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
 
+def _open(file: Path) -> Any:
+    """The file, memory-mapped.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(Fault("model.path", f"{file}: damaged weights ({error})", "download the folder again")) from error
+
+
 def _index(folder: Path) -> dict[str, str]:
     """Tensor name to file name.
 
     Raises:
-        ModelError: no safetensors in the folder, or a file of its index is missing or damaged.
+        ModelError: no safetensors in the folder, or a file of its index is missing, or the index cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     listing = folder / "model.safetensors.index.json"
-    try:
-        if listing.is_file():
-            files: dict[str, str] = json.loads(listing.read_text())["weight_map"]
-            missing = sorted({file for file in files.values() if not (folder / file).is_file()})
-            if missing:
-                raise ModelError(
-                    Fault("model.path", f"{folder}: {len(missing)} files of the index are missing, first {missing[0]}",
-                          "download the folder again")
-                )  # fmt: skip
-            return files
+    if not listing.is_file():
         found = sorted(folder.glob("*.safetensors"))
         if not found:
             raise ModelError(
                 Fault("model.path", f"{folder} holds no *.safetensors",
                       "load it once with transformers and call save_pretrained: pickled weights (*.bin) are never opened")
             )  # fmt: skip
-        opened = [(file.name, safe_open(file, framework="pt")) for file in found]
-        return {name: file for file, tensors in opened for name in list(tensors.keys())}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(Fault("model.path", f"{folder}: damaged weights ({error})", "download the folder again")) from error
+        return {name: file.name for file in found for name in list(_open(file).keys())}
+    try:
+        files: dict[str, str] = json.loads(listing.read_text())["weight_map"]
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ModelError(Fault("model.path", f"{listing}: not an index ({error!r})", "download the folder again")) from error
+    missing = sorted({file for file in files.values() if not (folder / file).is_file()})
+    if missing:
+        problem = f"{folder}: {len(missing)} files of the index are missing, first {missing[0]}"
+        raise ModelError(Fault("model.path", problem, "download the folder again"))
+    return files
 
 
 class InitialWeights:
