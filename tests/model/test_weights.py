@@ -48,7 +48,7 @@ def test_any_slice_of_any_tensor(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     expected = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
-    table, weights = weights_of(spec_at(folder))
+    _table, weights = weights_of(spec_at(folder))
     for name, tensor in expected.items():
         flat = tensor.detach().reshape(-1)
         for start, stop in ((0, flat.numel()), (5, flat.numel() - 7), (flat.numel() // 2, flat.numel() // 2 + 1)):
@@ -57,7 +57,7 @@ def test_any_slice_of_any_tensor(folder: Path) -> None:
 
 def test_adapters_are_drawn_and_the_base_is_read(folder: Path) -> None:
     spec = spec_at(folder, "lora")
-    table, weights = weights_of(spec)
+    _table, weights = weights_of(spec)
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     base = weights.read(f"{prefix}.base_layer.weight", 0, 10)
     assert torch.equal(base, weights_of(spec_at(folder))[1].read("model.layers.0.self_attn.q_proj.weight", 0, 10))
