@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.report.record import MEMORY_LINES, Record
-from orchestrator.train.display import count
+from orchestrator.train.display import count, home_word
 from orchestrator.units import format_bytes, format_count, format_seconds
 
 _COLUMNS_AT_ONCE = 8
@@ -48,8 +48,11 @@ def _title(text: str) -> Text:
     return Text(f"\n{text}", style="bold")
 
 
-def at_rest(ranks: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    """Tensors at rest between steps, a line for each class and a column "predicted | measured" for each rank."""
+def at_rest(ranks: Sequence[Mapping[str, Any]], card: str = "") -> list[RenderableType]:
+    """Tensors at rest between steps, a line for each class and a column "predicted | measured" for each rank.
+
+    `card` "cpu": there is no card, and what would rest on it is said to rest on the device.
+    """
     tables: list[RenderableType] = [_title("At rest after a step, predicted | measured")]
     for group in _groups(ranks):
         table = _table(["", *(f"rank {account['rank']}" for account in group)])
@@ -61,7 +64,7 @@ def at_rest(ranks: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
             cells = [
                 _cell(p.get(key, 0), None if m is None else m.get(key, 0)) for p, m in zip(predicted, measured, strict=True)
             ]
-            table.add_row(f"{key[0]} ({key[1]}, {key[2]})", *cells)
+            table.add_row(f"{key[0]} ({key[1]}, {home_word(key[2], card)})", *cells)
         sums = [(sum(p.values()), None if m is None else sum(m.values())) for p, m in zip(predicted, measured, strict=True)]
         table.add_row("together", *(_cell(p, m) for p, m in sums), style="bold")
         tables.append(table)
@@ -123,7 +126,7 @@ def summary(record: Record) -> RenderableType:
 
 def report(record: Record, *, over: bool = True) -> RenderableType:
     """Everything about a run for the screen; `over` includes the memory of all ranks over time."""
-    parts: list[RenderableType] = [summary(record), *at_rest(record.ranks)]
+    parts: list[RenderableType] = [summary(record), *at_rest(record.ranks, record.spec.cluster.card.name)]
     parts += memory([account["memory"] for account in record.ranks], "Memory of each rank, at its end")
     if over:
         parts += over_time(record)

@@ -23,6 +23,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def home_word(home: str, card: str) -> str:
+    """`home` for a person: where the ranks compute on the CPU (`card` "cpu") there is no GPU to speak of."""
+    return "device" if home == "gpu" and card == "cpu" else home
+
+
 def step_text(line: Mapping[str, Any]) -> str:
     """The numbers of one step in a line for a person."""
     text = (

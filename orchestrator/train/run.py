@@ -23,7 +23,7 @@ from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_
 from orchestrator.model import build, loss_sum, open_weights, table_of
 from orchestrator.spec import Parameter, RunSpec, digest, to_json
 from orchestrator.train import checkpoint, folder
-from orchestrator.train.display import Display, count
+from orchestrator.train.display import Display, count, home_word
 from orchestrator.train.export import Source
 from orchestrator.train.folder import Choice, RunFolder, write_json
 from orchestrator.train.log import open_log, quiet_libraries
@@ -239,7 +239,8 @@ class Run:
             f"{len(prepared.train)} samples, {len(prepared.eval)} held out"
         )
         for row in self._layout.at(STEPPED):
-            LOG.info("at rest on rank 0: %s %s %s %s", row.line, row.dtype, row.home, format_bytes(row.bytes))
+            home = home_word(row.home, spec.cluster.card.name)
+            LOG.info("at rest on rank 0: %s %s %s %s", row.line, row.dtype, home, format_bytes(row.bytes))
         if started:
             note(f"resume   after step {started} of {total}, from {self._choice.checkpoint}")
             if started >= total:

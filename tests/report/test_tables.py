@@ -59,7 +59,7 @@ def test_the_summary_tells_steps_loss_speed_and_what_was_skipped(tmp_path):
 
 def test_predicted_stands_beside_measured_for_each_rank(tmp_path):
     text = shown(load(write(tmp_path / "run", [line(1)], [account(0, 2 * MIB), account(1, 3 * MIB)])))
-    row = next(text_line for text_line in text.splitlines() if text_line.startswith("weights (bf16, gpu)"))
+    row = next(text_line for text_line in text.splitlines() if text_line.startswith("weights (bf16, device)"))
     assert row.split("  ", 1)[1].split() == ["2.0", "MiB", "|", "same", "2.0", "MiB", "|", "3.0", "MiB"]
     assert "together" in text and "101.0 MiB" in text
 
