@@ -18,7 +18,8 @@ from orchestrator.config import run_app
 def compare(overrides: list[str]) -> int:
     """Plan all, print one table, write the picture and the page; exit code 0 if something fits, 3 if nothing does."""
     from orchestrator.errors import MisfitError
-    from orchestrator.planner.planning import BASES, LAYOUT, compare
+    from orchestrator.planner.plan import LAYOUT
+    from orchestrator.planner.planning import BASES, compare
     from orchestrator.report import plan_page, plan_picture, plans
     from orchestrator.report.arguments import choices
     from orchestrator.report.progress import progress

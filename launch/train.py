@@ -25,22 +25,30 @@ def train(overrides: list[str]) -> int:
         from orchestrator.report.record import load
         from orchestrator.report.tables import print_report
 
-        spec = compose(overrides, ranks=ranks_from_environment()[0], local=local_cluster)
+        spec = compose(overrides, ranks=ranks_from_environment()[0], local=local_cluster, strict=False)
+        from orchestrator.planner.prelude import settle
+        from orchestrator.train.folder import RunFolder, write_json
         from orchestrator.train.run import Run
 
         world = join(spec.cluster.card.name)
-        run = Run(spec, world)
-        outcome = run.execute(on_open=lambda folder: opened(folder.log))
+        prelude = world.on_first(lambda: settle(spec))
+        run = Run(prelude.spec, world)
+
+        def opened(folder: RunFolder) -> None:
+            nonlocal log
+            log = folder.log
+            if world.first:
+                write_json(folder.plan, prelude.plan.to_json())
+                for line in prelude.lines:
+                    run.display.note(line)
+
+        outcome = run.execute(on_open=opened)
         if world.first:
             if outcome.folder.metrics.stat().st_size:  # a resumed run may have had nothing left to do
                 print_report(load(outcome.folder.path), over=False)
             run.conclude(outcome)
         leave()
         return 0
-
-    def opened(path: Path) -> None:
-        nonlocal log
-        log = path
 
     return failure.guarded(work, lambda: log)
 

@@ -58,7 +58,8 @@ def _tried(spec: RunSpec, plan: Plan, changes: Iterator[tuple[str, RunSpec]], ta
         if new.verdict != "fits":
             continue
         slowdown = new.seconds / plan.seconds if new.seconds and plan.seconds else None
-        found.append(Fix(words, plan.memory.used - new.memory.used, slowdown))
+        host = new.host.need if new.offloads else 0
+        found.append(Fix(words, plan.memory.used - new.memory.used, slowdown, host))
     return sorted(found, key=lambda fix: (round(fix.slowdown or 0.0, 2), fix.words.count("="), -fix.saves))
 
 

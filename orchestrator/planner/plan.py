@@ -68,17 +68,20 @@ class CardUse:
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A change that makes the run fit: what to type, the bytes it saves on the card (negative: it costs some), and the step's
-    length as a factor of the present one (None: not known)."""
+    """A change that makes the run fit: what to type, the bytes it saves on the card (negative: it costs some), the step's
+    length as a factor of the present one (None: not known), and the host bytes of one rank where it offloads, else 0."""
 
     words: str
     saves: int
     slowdown: float | None
+    host: int = 0
 
     @property
     def sentence(self) -> str:
         """The fix for a person: "recompute=full saves 5.10 GiB for 33 % more time"."""
         change = f"saves {format_bytes(self.saves)}" if self.saves > 0 else "moves the load"
+        if self.host:
+            change += f" ({format_bytes(self.host)} of host memory for each rank)"
         if self.slowdown is None:
             return f"{self.words} {change}"
         percent = round(100 * (self.slowdown - 1))
@@ -143,6 +146,11 @@ class Plan:
         return TIGHT if any(limit and need > limit * (1 - margin) for need, limit in pairs) else FITS
 
     @property
+    def offloads(self) -> bool:
+        """Whether tensors rest outside the card."""
+        return "offload=" in self.words
+
+    @property
     def seconds(self) -> float | None:
         """Length of one optimizer step."""
         return self.time.total if self.time is not None else None
@@ -151,7 +159,8 @@ class Plan:
     def shortfall(self) -> str:
         """What is missing, for a person; empty where it fits."""
         if self.memory.short:
-            return f"short {format_bytes(self.memory.short)} on each card in {self.peak.phase}"
+            where = "on each card" if self.card != "cpu" else "of memory for each rank"
+            return f"short {format_bytes(self.memory.short)} {where} in {self.peak.phase}"
         if self.host.short:
             return f"short {format_bytes(self.host.short)} of host memory for each rank"
         return f"short {format_bytes(self.nvme.short)} of NVMe for each rank" if self.nvme.short else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError, Fault
+from orchestrator.planner.plan import Plan
 from orchestrator.spec import RunSpec, from_json
 from orchestrator.train.folder import RunFolder
 from orchestrator.train.metrics import read_metrics
@@ -26,12 +27,16 @@ MEMORY_LINES = (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`ranks` are the accounts of ledger.json in rank order, `lines` those of metrics.jsonl in step order."""
+    """`ranks` are the accounts of ledger.json in rank order, `lines` those of metrics.jsonl in step order.
+
+    `plan` is what was predicted before the run; None where the run was not planned.
+    """
 
     path: Path
     spec: RunSpec
     ranks: Sequence[Mapping[str, Any]]
     lines: Sequence[Mapping[str, Any]]
+    plan: Plan | None = None
 
     @property
     def losses(self) -> tuple[float, float] | None:
@@ -85,7 +90,8 @@ def load(path: Path) -> Record:
     try:
         spec = from_json(RunSpec, json.loads(folder.spec.read_text(encoding="utf-8")))
         ranks = json.loads(folder.ledger.read_text(encoding="utf-8"))["ranks"]
+        plan = Plan.from_json(json.loads(folder.plan.read_text(encoding="utf-8"))) if folder.plan.is_file() else None
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         problem = f"{path} was not written by this version: {error}"
         raise CheckpointError(Fault("run", problem, "use the version that made it")) from None
-    return Record(path, spec, ranks, lines)
+    return Record(path, spec, ranks, lines, plan)

@@ -84,6 +84,37 @@ def memory(ranks: Sequence[Mapping[str, Any]], title: str) -> list[RenderableTyp
     return tables
 
 
+def drift(predicted: int, measured: int) -> str:
+    """The measured figure and how far the prediction was from it: "12.31 GiB (+1.2 %)", where + is predicted too much."""
+    return f"{format_bytes(measured)} ({100 * (predicted / measured - 1):+.1f} %)" if measured else format_bytes(measured)
+
+
+def planned(record: Record) -> list[RenderableType]:
+    """The peaks that the plan gave before the run, beside those of every rank."""
+    plan = record.plan
+    if plan is None:
+        return []
+    lines = [
+        ("torch allocated, peak", "allocated", plan.memory.allocated),
+        ("torch reserved, peak", "reserved", plan.memory.reserved),
+        ("card used", "device_used", plan.memory.used),
+    ]
+    if plan.card == "cpu":
+        lines = [("process resident, peak", "resident_peak", plan.memory.used)]
+    tables: list[RenderableType] = [
+        _title(f"Peak, predicted (from the {plan.basis}) and measured, with the prediction's error")
+    ]
+    for group in _groups([account["memory"] for account in record.ranks]):
+        table = _table(["", "predicted", *(f"rank {held['rank']}" for held in group)])
+        for label, field, expected in lines:
+            values = [held.get(field) for held in group]
+            if any(value is not None for value in values):
+                cells = ("-" if value is None else drift(expected, value) for value in values)
+                table.add_row(label, format_bytes(expected), *cells)
+        tables.append(table)
+    return tables
+
+
 def over_time(record: Record, most: int = 12) -> list[RenderableType]:
     """What every rank held during the run: one line for each of at most `most` logging intervals, evenly chosen."""
     moments = record.memory_over_time
@@ -128,6 +159,7 @@ def report(record: Record, *, over: bool = True) -> RenderableType:
     """Everything about a run for the screen; `over` includes the memory of all ranks over time."""
     parts: list[RenderableType] = [summary(record), *at_rest(record.ranks, record.spec.cluster.card.name)]
     parts += memory([account["memory"] for account in record.ranks], "Memory of each rank, at its end")
+    parts += planned(record)
     if over:
         parts += over_time(record)
     return Group(*parts)

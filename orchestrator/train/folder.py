@@ -30,6 +30,10 @@ class RunFolder:
         return self.path / "strategy.json"
 
     @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
