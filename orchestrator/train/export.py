@@ -103,6 +103,32 @@ def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ch
     return sums
 
 
+def end_tokens(tokenizer: Any, stated: int | list[int] | None) -> list[int]:
+    """The ids that end an answer: `stated` by the model, the tokenizer's end, and what its template puts after a turn."""
+    ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+    after = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.all_special_ids:
+        ends.add(after[0])
+    return sorted(end for end in ends if end is not None)
+
+
+def state_special_tokens(source: Source, tokenizer: Any, *, native: bool) -> None:
+    """Put the special ids of `tokenizer` into both configurations, so that `generate()` stops where answers ended in training.
+
+    What the model states itself stays, and gains the ends it lacks, if the tokenizer is its own (`native`); ids of another
+    vocabulary would mean other words.
+    """
+    ends = end_tokens(tokenizer, getattr(source.generation, "eos_token_id", None) if native else None)
+    for settings in (source.config, source.generation):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if settings is not None and (not native or getattr(settings, name, None) is None):
+                setattr(settings, name, getattr(tokenizer, name))
+    if source.generation is not None and ends:
+        source.generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
 def write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
     """The configuration of the model, stating `dtype` and its class, and its generation settings.
 

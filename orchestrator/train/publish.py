@@ -83,6 +83,8 @@ class Publisher:
 
     def _write_model(self, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Checksums:
         sums = export.write_model(folder, tensors)
+        native = self.spec.model.path is not None and self.spec.data.tokenizer is None
+        export.state_special_tokens(self.source, self.tokenizer, native=native)
         export.write_config(folder, self.source, self._dtype)
         self.tokenizer.save_pretrained(folder)
         return sums

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from orchestrator.errors import CheckpointError, Fault
-from orchestrator.train.export import CHECKSUMS, compare
+from orchestrator.train.export import CHECKSUMS, compare, end_tokens
 
 
 def quiet() -> None:
@@ -104,25 +104,13 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the tokenizer's and the model's end tokens, and what the chat template puts after a turn."""
-    stated = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-    after = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.all_special_ids:
-        ends.add(after[0])
-    return sorted(end for end in ends if end is not None)
-
-
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     """The greedy answer of `model` to one user turn, prompted through the tokenizer's chat template."""
     turns = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     inputs.pop("token_type_ids", None)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.config import compose
+from orchestrator.data.tokenizer import SAMPLE
 from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint, export, reopen
 
@@ -29,6 +30,37 @@ def test_a_full_export_loads_and_answers(small, execute):
     assert AutoTokenizer.from_pretrained(outcome.export).chat_template
     opened, tokenizer = reopen.open_model(outcome.export)
     assert torch.equal(logits(opened), logits(model)) and isinstance(reopen.answer(opened, tokenizer, "Hello", 3), str)
+
+
+def test_generation_stops_where_answers_ended_in_training(small, execute, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = execute(small("run.steps=1")).export
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for settings in (model.config, model.generation_config):
+        found = (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id)
+        assert found == (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    with torch.no_grad():  # a model that can say nothing but its end
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight[tokenizer.eos_token_id] = 1.0
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=20, do_sample=False).shape == (1, 3)
+
+
+@pytest.mark.parametrize(("native", "ends"), [(True, [3, 7]), (False, 3)])
+def test_the_ends_that_a_model_states_stay_with_its_own_tokenizer_alone(native, ends):
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE)
+    assert tokenizer.eos_token_id == 3
+    source = export.Source(LlamaConfig(bos_token_id=9), GenerationConfig(eos_token_id=7), "LlamaForCausalLM", None)
+    export.state_special_tokens(source, tokenizer, native=native)
+    assert source.generation.eos_token_id == ends
+    assert source.config.bos_token_id == (9 if native else tokenizer.bos_token_id)
 
 
 def test_an_adapter_loads_on_its_base_and_equals_the_merged_model(small, execute):
