@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ if importlib.util.find_spec("orchestrator") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config import compose, run_app
+from orchestrator.config.entry import report_error
+from orchestrator.errors import OrchestratorError
 
 
 def train(overrides: list[str]) -> int:
@@ -53,5 +56,14 @@ def train(overrides: list[str]) -> int:
     return failure.guarded(work, lambda: log)
 
 
+def tell(error: OrchestratorError) -> int:
+    """Tell of an error that was met before `train` as one within it: last on the screen under a launcher."""
+    if "RANK" not in os.environ:
+        return report_error(error)
+    from orchestrator.train import failure
+
+    return failure.report(error, None)
+
+
 if __name__ == "__main__":
-    sys.exit(run_app(train))
+    sys.exit(run_app(train, report=tell))

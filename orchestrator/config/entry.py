@@ -145,9 +145,18 @@ def _dispatch(task: Task, argv: Sequence[str], program: str, conf_dir: Path) -> 
     return task(list(arguments.overrides))
 
 
-def run_app(task: Task, argv: Sequence[str] | None = None, program: str = "launch/train.py", conf_dir: Path = CONF_DIR) -> int:
-    """The exit code of `task`, called with the overrides in `argv` (None: this process's), or of what a flag asks for."""
+def run_app(
+    task: Task,
+    argv: Sequence[str] | None = None,
+    program: str = "launch/train.py",
+    conf_dir: Path = CONF_DIR,
+    report: Callable[[OrchestratorError], int] = report_error,
+) -> int:
+    """The exit code of `task`, called with the overrides in `argv` (None: this process's), or of what a flag asks for.
+
+    `report` tells a person of an error and returns its exit code.
+    """
     try:
         return _dispatch(task, without_local_rank(sys.argv[1:] if argv is None else argv), program, conf_dir)
     except OrchestratorError as error:
-        return report_error(error)
+        return report(error)

@@ -19,6 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from orchestrator.errors import OrchestratorError
 from orchestrator.train.world import PeerFailure
 
@@ -31,6 +33,8 @@ FIRST_SPEAKS = 3.0
 """Seconds for which the other ranks leave an error of the user's input to rank 0, whose error is most likely the same."""
 
 LAUNCHER_PATIENCE = 120.0
+CLOCK_SLACK = 2.0
+"""Seconds by which the kernel's start time of a process and a file's time may disagree."""
 
 KILLED = (
     "A rank ended without a word: it was killed. Return code -9 (SIGKILL) most often means that the machine ran out of memory\n"
@@ -104,8 +108,9 @@ def print_after(parent: int, text: str, unless: Path | None = None) -> bool:
         os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    since = _started(parent)
     select.select([watched], [], [], LAUNCHER_PATIENCE)
-    if unless is None or _claim(unless):
+    if unless is None or _claim(unless, since):
         os.write(2, f"\n{text}\n".encode())
     for descriptor in (0, 1, 2):  # whoever reads the run's output need not wait for the rest
         os.close(descriptor)
@@ -119,8 +124,21 @@ def _spoken(parent: int) -> Path:
     return Path(tempfile.gettempdir()) / f"orchestrator-{os.getuid()}-{parent}.spoken"
 
 
-def _claim(mark: Path) -> bool:
-    """Whether this process is the one that made `mark`."""
+def _started(pid: int) -> float:
+    """When the process `pid` began, in seconds since the epoch; 0 where it has ended."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def _claim(mark: Path, since: float) -> bool:
+    """Whether this process is the one that made `mark`. One from before `since` was left by a run that crashed."""
+    try:
+        if mark.stat().st_mtime < since - CLOCK_SLACK:
+            mark.unlink(missing_ok=True)
+    except OSError:
+        pass  # there is none
     try:
         os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except OSError:
@@ -128,13 +146,16 @@ def _claim(mark: Path) -> bool:
     return True
 
 
-def _speak(text: str) -> None:
+def _speak(text: str, *, alike: bool) -> None:
+    """Tell the screen and the launcher. Of errors that are `alike` on several ranks one is enough: the first speaks."""
     _write_elastic_file(text)
     sys.stdout.flush()
     parent = os.getppid()
     held_back = False
     if _launched_by_deepspeed(parent):
-        _claim(_spoken(parent))
+        first = _claim(_spoken(parent), _started(parent))
+        if alike and not first:
+            return
         held_back = print_after(parent, text)
     if not held_back:
         print(text, file=sys.stderr, flush=True)
@@ -173,7 +194,7 @@ def report(error: BaseException, log: Path | None) -> int:
         _wait_to_be_ended(PEER_PATIENCE)
     elif rank and isinstance(error, OrchestratorError):
         _wait_to_be_ended(FIRST_SPEAKS)
-    _speak(describe(error, rank, size, log))
+    _speak(describe(error, rank, size, log), alike=isinstance(error, OrchestratorError))
     return error.exit_code if isinstance(error, OrchestratorError) else 1
 
 

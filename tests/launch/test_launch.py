@@ -122,3 +122,10 @@ def test_a_fault_of_the_configuration_is_said_once_by_two_ranks(tmp_path):
     assert done.returncode != 0 and "batch.global_size" in done.stderr
     assert done.stderr.count("The configuration cannot be used") == 2  # rank 0, and torchrun's summary of it
     assert not list(tmp_path.glob("runs"))
+
+
+def test_a_flag_that_is_not_there_is_the_last_thing_on_the_screen(tmp_path):
+    launcher = [Path(sys.executable).parent / "deepspeed", f"--master_port={free_port()}"]
+    done = call([*launcher, LAUNCH / "train.py", "zero=stage3", "--fast"], tmp_path, LOCAL_SIZE="2")
+    assert done.returncode != 0 and done.stderr.count("unrecognized arguments: --fast") == 1
+    assert done.stderr.rstrip().endswith("-> --help lists what can be typed")
