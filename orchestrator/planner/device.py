@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.spec import Card, Cluster
-from orchestrator.units import MIB
+from orchestrator.units import GIB, MIB
 
 CPU = "cpu"
 """`Card.name` of a rank without an accelerator."""
@@ -33,6 +33,9 @@ HOST_PROCESS_BYTES = 900 * MIB
 
 CPU_PROCESS_BYTES = 350 * MIB
 """The same with torch's CPU build: 350 MiB resident after all imports (measured: torch 2.13, transformers 5.23, peft 0.21)."""
+
+SAVED_AT_ONCE = GIB
+"""Bytes that a checkpoint gathers in host memory before it writes them (train/checkpoint.py)."""
 
 HOST_MEMORY_GB_PER_S = 204.8
 """Memory bandwidth of a host: 8 channels of DDR4-3200, as in one socket of the servers that these cards are sold in (25.6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +18,7 @@ from orchestrator.planner.fixes import fixes
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, SHORT, Plan
 from orchestrator.planner.predict import by_layout, by_rehearsal
 from orchestrator.planner.rehearsal import RehearsalError
-from orchestrator.spec import Engine, Home, RunSpec
+from orchestrator.spec import Engine, RunSpec
 
 AUTO = "auto"
 BASES = (AUTO, LAYOUT, REHEARSAL)
@@ -33,11 +35,6 @@ Progress = Callable[[int, int, str], None]
 """Called with (plans made, plans in all, the words of the last)."""
 
 
-def rehearsable(spec: RunSpec) -> bool:
-    """Whether a rehearsal can tell the homes apart: its fake tensors live on one device, so nothing may be offloaded."""
-    return spec.strategy.parameter_home is Home.GPU and spec.strategy.optimizer_home is Home.GPU
-
-
 def _doubtful(plan: Plan) -> bool:
     return abs(plan.memory.used - plan.memory.limit) <= DOUBT * plan.memory.limit
 
@@ -46,11 +43,16 @@ def _noted(plan: Plan, note: str) -> Plan:
     return replace(plan, notes=(*plan.notes, note))
 
 
+def _reason(error: RehearsalError) -> str:
+    """The line of a failed rehearsal that names the error, without the rank in front."""
+    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Drift)\b", line)] or lines
+    return textwrap.shorten(telling[-1], 160)
+
+
 def _made(spec: RunSpec, basis: str) -> Plan:
     if basis == LAYOUT:
         return by_layout(spec)
-    if not rehearsable(spec):
-        return _noted(by_layout(spec), "not rehearsed: offload is planned from the layout")
     if basis == AUTO and not _doubtful(by_layout(spec)):
         return by_layout(spec)
     try:
@@ -58,8 +60,7 @@ def _made(spec: RunSpec, basis: str) -> Plan:
     except RehearsalError as error:
         if basis == REHEARSAL:
             raise
-        reason = str(error).splitlines()[-1].strip()
-        return _noted(by_layout(spec), f"the rehearsal failed, so this is from the layout: {reason}")
+        return _noted(by_layout(spec), f"the rehearsal failed, so this is from the layout: {_reason(error)}")
 
 
 def plan_of(spec: RunSpec, basis: str = AUTO, *, cached: bool = True, remedies: bool = True) -> Plan:

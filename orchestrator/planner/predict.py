@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import Fault, ModelError
 from orchestrator.layout import lay_out, parameter_table
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner import device
+from orchestrator.planner.allocator import replay
 from orchestrator.planner.candidates import typed
 from orchestrator.planner.moments import GPU, card_moments, host_lines, largest, ledger_of
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Room
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
 from orchestrator.planner.roofline import StepTime, step_time
-from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec
-from orchestrator.units import MIB, align_up, format_bytes
+from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard
+from orchestrator.units import MIB, align_up
 
 LARGE_BLOCK = 2 * MIB
 """Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
@@ -78,7 +79,10 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
 
 def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> Room:
     """Host memory of one rank: its process, what rests there, and the rounding of what is page-locked."""
-    need = device.process_bytes(spec.cluster) + sum(lines.values()) + _pinned(spec, table, lines)
+    trained = sum(p.numel for p in table if p.trainable)
+    sharded = spec.strategy.dp_shard if spec.strategy.shard is not Shard.NONE else 1
+    saved = min(device.SAVED_AT_ONCE, 3 * 4 * trained // sharded)  # master and moments, gathered to be written
+    need = device.process_bytes(spec.cluster) + sum(lines.values()) + _pinned(spec, table, lines) + saved
     return Room(need, device.host_share(spec.cluster))
 
 
@@ -172,6 +176,29 @@ def _rehearsed_ledger(result: Rehearsal, workspace: int) -> Ledger:
     return Ledger(result.rank, tuple(entries))
 
 
+@dataclass(frozen=True, slots=True)
+class _Replayed:
+    """What torch's allocator makes of a trace; `notes` say where it only just fits."""
+
+    allocated: int
+    reserved: int
+    notes: tuple[str, ...] = ()
+
+
+def _allocator(result: Rehearsal, room: int) -> _Replayed:
+    """The trace in torch's caching allocator, in its default mode, with `room` bytes to take from the driver."""
+    free = replay(result.trace, expandable=False)
+    if free.peak_reserved <= room:
+        return _Replayed(free.peak_allocated, free.peak_reserved)
+    capped = replay(result.trace, expandable=False, budget=room)
+    if capped.fits:
+        note = f"torch's allocator fits by giving cached memory back {capped.retries} times, which slows the steps"
+        return _Replayed(capped.peak_allocated, capped.peak_reserved, (note,))
+    # What is certainly missing: the live bytes; where those would fit, what fragments beside them.
+    needed = free.peak_allocated if free.peak_allocated > room else free.peak_reserved
+    return _Replayed(free.peak_allocated, needed)
+
+
 def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0) -> Plan:
     """The Plan of `spec` from running its engine on fake tensors, as rank `rank`, in a child process.
 
@@ -180,28 +207,28 @@ def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: 
     """
     table = table_for(spec) if table is None else table
     result = rehearse(without_weights(spec), rank)
-    workspace = device.overhead(spec.cluster, spec.strategy.ranks).workspace
-    ledger = _rehearsed_ledger(result, workspace)
-    offloaded = result.host_peak_bytes
-    allocated = result.peak_bytes + workspace
+    over = device.overhead(spec.cluster, spec.strategy.ranks)
+    ledger = _rehearsed_ledger(result, over.workspace)
     alive = ledger.lines(result.peak_phase, GPU)
     layout = lay_out(spec, table, rank)
-    lines = {row.line: row.bytes for row in layout.at("step") if row.home is Home.CPU}
-    host = Room(device.process_bytes(spec.cluster) + offloaded + _pinned(spec, table, lines), device.host_share(spec.cluster))
-    memory = _card(spec, allocated, align_up(allocated, LARGE_BLOCK))
+    offloaded = result.host_peak_bytes
+    notes: tuple[str, ...] = ()
     if spec.cluster.card.name == device.CPU:
-        memory, host = _card(spec, allocated + offloaded, allocated + offloaded), Room(0, 0)
+        memory, host = _card(spec, result.peak_bytes + offloaded, 0), Room(0, 0)
+    else:
+        room = spec.cluster.card.memory_bytes - over.outside - over.workspace
+        replayed = _allocator(result, room)
+        memory = _card(spec, replayed.allocated + over.workspace, replayed.reserved + over.workspace)
+        notes = replayed.notes
+        lines = {row.line: row.bytes for row in layout.at("step") if row.home is Home.CPU}
+        need = device.process_bytes(spec.cluster) + offloaded + _pinned(spec, table, lines)
+        host = Room(need, device.host_share(spec.cluster))
     peak = Peak(result.peak_phase, f"{result.basis} trace", _largest_first(alive))
-    return _assemble(spec, table, REHEARSAL, ledger, memory, peak, host, Room(layout.rest_bytes(Home.NVME), 0))
+    nvme = Room(layout.rest_bytes(Home.NVME), 0)
+    made = _assemble(spec, table, REHEARSAL, ledger, memory, peak, host, nvme)
+    return replace(made, notes=(*made.notes, *notes))
 
 
 def predict(spec: RunSpec, basis: str = LAYOUT, table: Sequence[Parameter] | None = None) -> Plan:
     """The Plan of `spec` on the asked `basis`."""
     return by_rehearsal(spec, table) if basis == REHEARSAL else by_layout(spec, table)
-
-
-def summary(plan: Plan) -> str:
-    """The plan in one line: what it needs of what there is, and how long a step takes."""
-    used, limit = format_bytes(plan.memory.used), format_bytes(plan.memory.limit)
-    speed = f", {plan.time.total:.2f} s a step" if plan.time is not None else ""
-    return f"{used} of {limit} on each card, peak in {plan.peak.phase}{speed}"
