@@ -20,20 +20,25 @@ KNOWN_CAUSES = 100
 
 @dataclass(slots=True)
 class Places:
-    """How many rows, and the first few places of them."""
+    """How many rows, and the first few different places of them: a list may have all its rows on one line."""
 
     count: int = 0
     first: list[int] = field(default_factory=list)
+    more: bool = False
 
     def add(self, place: int) -> None:
         self.count += 1
+        if self.first and self.first[-1] == place:
+            return
         if len(self.first) < LISTED_PLACES:
             self.first.append(place)
+        else:
+            self.more = True
 
     def told(self, rows: int, word: str) -> str:
         """ "3 of 20 rows (lines 4, 7, 9)"."""
-        listed = ", ".join(map(str, self.first)) + (", ..." if self.count > len(self.first) else "")
-        return f"{self.count} of {rows} rows ({word}{'s' if self.count > 1 else ''} {listed})"
+        listed = ", ".join(map(str, self.first)) + (", ..." if self.more else "")
+        return f"{self.count} of {rows} rows ({word}{'s' if len(self.first) > 1 else ''} {listed})"
 
 
 @dataclass(slots=True)

@@ -269,6 +269,12 @@ def test_rows_of_only_masked_labels_are_refused(prepared_file: Prepare, write_ro
     assert "or set data.on_long=drop or data.on_malformed=skip" in text
 
 
+def test_a_line_that_holds_many_rows_is_named_once(prepared_file: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row("word " * 60)] * 9))
+    assert "9 of 9 rows (line 1): every label is masked" in refused(prepared_file, path, seq_len=32)
+
+
 def test_a_file_in_which_nothing_is_learned_is_refused_even_when_skipping(prepared_file: Prepare, write_rows: Write) -> None:
     path = write_rows([row("word " * 60), row("word " * 70)])
     assert "2 of 2 rows (lines 1, 2): every label is masked" in refused(prepared_file, path, seq_len=32, on_malformed="skip")
