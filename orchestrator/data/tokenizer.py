@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SAMPLE = Path(__file__).parent / "sample"
 """The folder of the built-in data and tokenizer."""
 
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
+"""Names of the files that tokenizers of any kind are kept in."""
+
 
 def load_tokenizer(data: Data, model_path: str | None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of `data.tokenizer`, else of the model (folder or hub id), else the built-in one of 2048 tokens.
@@ -36,10 +39,18 @@ def load_tokenizer(data: Data, model_path: str | None, *, trust_remote_code: boo
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(Path(source).expanduser()), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _absence(Path(source).expanduser()) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(Fault(field, f"no tokenizer can be loaded from {source}: {reason[:200]}", remedy)) from error
     tokenizer.chat_template = resolve_template(data.chat_template, tokenizer)
     return tokenizer
+
+
+def _absence(folder: Path) -> str:
+    """What to say of a folder without any tokenizer file; "" where there is one, or no folder."""
+    if not folder.is_dir() or any(match for pattern in TOKENIZER_FILES for match in folder.glob(pattern)):
+        return ""
+    held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    return f"it has no tokenizer.json (it holds {held})"
 
 
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -197,5 +197,8 @@ def test_a_missing_tokenizer_names_its_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model\.path: the folder .*nowhere does not exist") as caught:
         load_tokenizer(Data(None, 128), str(tmp_path / "nowhere"))
     assert "set data.tokenizer" in str(caught.value)
-    with pytest.raises(DataError, match=r"data\.tokenizer: no tokenizer can be loaded from"):
+    with pytest.raises(DataError, match=r"data\.tokenizer: no tokenizer can be loaded from .*: it has no tokenizer\.json \(it"):
+        load_tokenizer(Data(None, 128, tokenizer=str(tmp_path)), None)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"data\.tokenizer: no tokenizer can be loaded from .*: (?!it has no)"):
         load_tokenizer(Data(None, 128, tokenizer=str(tmp_path)), None)
