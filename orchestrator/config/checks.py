@@ -77,7 +77,8 @@ def batch_faults(global_size: int, micro: int | None, dp: int) -> list[Fault]:
     share = dp * (micro or 1)
     if global_size % share == 0:
         return []
-    parts = f"{dp} data-parallel ranks" if micro is None else f"{dp} data-parallel ranks x batch.micro {micro} = {share}"
+    ranks = "1 rank" if dp == 1 else f"{dp} data-parallel ranks"
+    parts = ranks if micro is None else f"{ranks} x batch.micro {micro} = {share}"
     below, above = global_size // share * share, align_up(global_size, share)
     nearest = f"{below} or {above}" if below else str(above)
     remedy = f"set batch.global_size to {nearest}" + ("" if micro in (None, 1) else ", or another batch.micro")
