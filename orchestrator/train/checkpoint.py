@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,17 @@ SPARE_BYTES = 4 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What a checkpoint says about the run besides tensors. `about` is the identity that a resume compares."""
+    """What a checkpoint says about the run besides tensors.
+
+    A resume must share `about`, the identity. `course`, what decides the samples of a step, it may change, and is told so.
+    """
 
     step: int
     epoch: int
     seed: int
     spec_digest: str
     about: Mapping[str, Any]
+    course: Mapping[str, Any] = field(default_factory=dict)
 
 
 def key_of(name: str, kind: str, start: int) -> str:
@@ -215,7 +219,8 @@ def save(
     if not failures:
         document = {
             "format": FORMAT, "step": moment.step, "epoch": moment.epoch, "seed": moment.seed, "ranks": world.size,
-            "spec_digest": moment.spec_digest, "about": dict(moment.about), "scalars": dict(scalars), "bytes": written,
+            "spec_digest": moment.spec_digest, "about": dict(moment.about), "course": dict(moment.course),
+            "scalars": dict(scalars), "bytes": written,
         }  # fmt: skip
         final = checkpoints / f"step-{moment.step:06d}"
         failure = world.tell(_publish(temporary, final, document, keep) if world.first else None)

@@ -18,6 +18,13 @@ from orchestrator.train.checkpoint import FORMAT, key_of
 
 _SHOWN = 5
 
+COURSE = {
+    "data": "the data, its tokenizer or data.seq_len is not what the checkpoint was made with: it goes on in the new samples",
+    "data.eval_fraction": "data.eval_fraction was {saved} and is {now}: samples that are held out now may have been learned",
+    "batch.global_size": "batch.global_size was {saved} and is {now}: samples of this epoch may come twice or not at all",
+}
+"""What to say of each part of `Moment.course` that a resumed run has changed."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -54,6 +61,7 @@ class Reader:
         self.step, self.epoch, self.ranks = int(document["step"]), int(document["epoch"]), int(document["ranks"])
         self.seed: int = int(document["seed"])
         self.about: Mapping[str, Any] = document["about"]
+        self.course: Mapping[str, Any] = document.get("course", {})
         self.scalars: dict[str, float] = document["scalars"]
         self.bytes: int = int(document["bytes"])
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -139,6 +147,16 @@ def check_run(reader: Reader, about: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     if faults:
         raise CheckpointError(faults)
+
+
+def changes(reader: Reader, course: Mapping[str, Any]) -> list[str]:
+    """A sentence for each part of the run's `course` that differs from the checkpoint's."""
+    saved = reader.course
+    return [
+        sentence.format(saved=saved[part], now=course[part])
+        for part, sentence in COURSE.items()
+        if part in saved and part in course and saved[part] != course[part]
+    ]
 
 
 def check_tensors(reader: Reader, pieces: Iterable[Piece]) -> str | None:

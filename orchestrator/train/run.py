@@ -31,7 +31,7 @@ from orchestrator.train.loop import Ending, Loop
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics, drop_after, open_tracker
 from orchestrator.train.publish import Publisher
-from orchestrator.train.resume import Reader, check_run, check_tensors
+from orchestrator.train.resume import Reader, changes, check_run, check_tensors
 from orchestrator.train.stop import listening
 from orchestrator.train.world import World
 from orchestrator.units import format_bytes, format_count
@@ -60,13 +60,23 @@ def cache_folder(spec: RunSpec) -> Path:
 
 
 def identity(spec: RunSpec) -> dict[str, Any]:
-    """What a resumed run must share with the run that saved: the model and what of it is trained. Strategies may differ."""
-    same: dict[str, Any] = {"model": spec.model.name, "tuning": spec.tuning.kind}
+    """What a resumed run must share with the run that saved: the model, what of it is trained, and the seed, which decides
+    random weights, the order of samples and what is held out. Strategies may differ."""
+    same: dict[str, Any] = {"model": spec.model.name, "tuning": spec.tuning.kind, "seed": spec.seed}
     if spec.model.shape is not None:
         same |= {f"model.{name}": value for name, value in to_json(spec.model.shape).items()}
     if spec.tuning.kind == "lora":
         same |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}
     return same
+
+
+def course(spec: RunSpec, prepared: Any) -> dict[str, Any]:
+    """What decides, with the seed, which samples make up a step."""
+    return {
+        "data": prepared.digest,
+        "data.eval_fraction": spec.data.eval_fraction,
+        "batch.global_size": spec.batch.global_size,
+    }
 
 
 def _seed(seed: int, rank: int) -> None:
@@ -106,6 +116,8 @@ class Run:
                 self._load(engine, reader)
             started = reader.step if reader is not None else 0
             self._introduce(prepared, total, started)
+            for sentence in changes(reader, course(self.spec, prepared)) if reader is not None else ():
+                self.display.note(f"         {sentence}")
             ending = self._train(engine, prepared, tokenizer, total, started)
             done = ending.step if ending is not None else started
             stopped = ending is not None and ending.stopped
@@ -259,7 +271,7 @@ class Run:
         loop = Loop(engine, spec, world, total, self._metrics, self.display, eval_batches=held_out, on_memory=self._remember)
 
         def save(step: int, epoch: int) -> None:
-            moment = checkpoint.Moment(step, epoch, spec.seed, digest(spec), identity(spec))
+            moment = checkpoint.Moment(step, epoch, spec.seed, digest(spec), identity(spec), course(spec, prepared))
             pieces, scalars = engine.save()
             path, written = checkpoint.save(
                 self._folder.checkpoints, moment, pieces, scalars, world,

@@ -101,6 +101,18 @@ def test_another_model_is_refused_and_nothing_is_written_over(small, execute):
     assert before == {p: p.stat().st_mtime_ns for p in first.folder.path.rglob("*") if p.name != "train.log"}
 
 
+def test_another_seed_is_refused_and_other_samples_are_told(small, execute, screen):
+    execute(small("run.steps=1", "export.format=none"))
+    with pytest.raises(CheckpointError, match=r"seed: .* was saved with 0, this run has 3\n.*set seed=0"):
+        execute(small("run.steps=2", "resume=auto", "seed=3"))
+    execute(small("run.steps=2", "resume=auto", "export.format=none"))
+    assert "the checkpoint was made with" not in screen.text
+    other = ("data.seq_len=48", "data.eval_fraction=0.1", "batch.global_size=4")
+    execute(small("run.steps=3", "resume=auto", "export.format=none", *other))
+    assert "the data, its tokenizer or data.seq_len is not what the checkpoint was made with" in screen.text
+    assert "data.eval_fraction was 0.0 and is 0.1" in screen.text and "batch.global_size was 8 and is 4" in screen.text
+
+
 def test_a_signal_finishes_the_step_saves_and_leaves(small, execute, monkeypatch):
     real = PlainEngine.step
 
