@@ -30,7 +30,8 @@ def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
     """The Layout of rank `rank` for the parameters in `table` (from `parameter_table` or from the module itself)."""
     strategy, compute = spec.strategy, spec.precision.compute
     if strategy.engine is Engine.DEEPSPEED:
-        rows = deepspeed.rows(strategy, table, compute, spec.batch.accumulation, rank)
+        host_computes = spec.cluster.card.name == "cpu"
+        rows = deepspeed.rows(strategy, table, compute, spec.batch.accumulation, rank, host_computes)
         moving = deepspeed.buffers(strategy, table, compute, spec.batch.accumulation)
     elif strategy.engine is Engine.FSDP:
         rows = fsdp.rows(strategy, table, compute, rank)

@@ -29,11 +29,14 @@ def _split(table: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]
     return trainable, [p for p in table if not p.trainable], "adapters" if any(p.adapter for p in trainable) else "weights"
 
 
-def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int, rank: int) -> tuple[Row, ...]:
-    """Every tensor class at rest on rank `rank`. ZeRO pads its partitions, so ranks are alike but for accumulated gradients."""
+def rows(
+    strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int, rank: int, host_computes: bool
+) -> tuple[Row, ...]:
+    """Every tensor class at rest on rank `rank`. ZeRO pads its partitions, so ranks are alike but for accumulated gradients.
+    `host_computes`: there is no card, so what is offloaded rests where it is used."""
     trainable, frozen, line = _split(table)
     if strategy.shard is Shard.PARAMETERS:
-        return _stage3_rows(strategy, trainable, frozen, line, compute)
+        return _stage3_rows(strategy, trainable, frozen, line, compute, host_computes)
     if strategy.shard is Shard.NONE:
         return _stage0_rows(trainable, frozen, line, compute)
     at_rest = _stage12_rows(strategy, trainable, frozen, line, compute)
@@ -95,15 +98,18 @@ def _stage12_rows(
 
 
 def _stage3_rows(
-    strategy: Strategy, trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str
+    strategy: Strategy, trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str, host_computes: bool
 ) -> tuple[Row, ...]:
-    """Each parameter is split in `dp_shard` equal parts, padded one by one; small ones also stay whole on every rank."""
+    """Each parameter is split in `dp_shard` equal parts, padded one by one; small ones also stay whole on every rank, unless
+    the only part already is the whole and rests on the device that computes (partition_parameters.py, NoGatherHandle)."""
     ranks, buckets = strategy.dp_shard, _buckets(strategy)
     optimizer_home, parameter_home = strategy.optimizer_home, strategy.parameter_home
     own = sum(ceil_div(p.numel, ranks) for p in trainable)
     own_frozen = sum(ceil_div(p.numel, ranks) for p in frozen)
     padding = own * ranks - sum(p.numel for p in trainable)
     kept_whole = sum(p.numel for p in (*trainable, *frozen) if p.numel <= buckets.persistence)
+    if ranks == 1 and (parameter_home is Home.GPU or host_computes):
+        kept_whole = 0
     base = [
         Row("frozen", compute, parameter_home, own_frozen, ranks),
         Row(line, compute, parameter_home, own, ranks, padding),
@@ -161,6 +167,8 @@ def lower(spec: RunSpec) -> dict[str, Any]:
             "stage3_max_live_parameters": knobs.max_live,
             "stage3_max_reuse_distance": knobs.max_reuse,
             "stage3_gather_16bit_weights_on_model_save": True,
+            # Without it every linear layer keeps its gathered weight alive from forward to backward.
+            "memory_efficient_linear": True,
         }
     for key, home in (("offload_optimizer", strategy.optimizer_home), ("offload_param", strategy.parameter_home)):
         if home is not Home.GPU:

@@ -51,13 +51,16 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
     found["full_shard"] = fsdp
     found["full_shard_cpu"] = replace(fsdp, optimizer_home=cpu, parameter_home=cpu)
     found["shard_grad_op"] = replace(fsdp, reshard_after_forward=False)
-    found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
+    if ranks > 1:
+        found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
     return found
 
 
 def all_cases(ranks: int) -> list[Case]:
-    """The whole product on two ranks; on four, fp32 without accumulation, and tied embeddings."""
+    """The whole product on two ranks; on four, fp32 without accumulation, and tied embeddings; on one, whatever starts."""
     names = strategies(ranks)
+    if ranks == 1:
+        return [Case(name, *rest, 1) for name, rest in itertools.product(names, (("full", "fp32"), ("lora", "bf16")))]
     if ranks == 2:
         return [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
