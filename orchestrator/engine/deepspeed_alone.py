@@ -1,9 +1,13 @@
-"""ZeRO without its peers: what a single process must answer for the others, under a process group that only pretends."""
+"""ZeRO without its peers and without a card: what one process must answer for them where all is only pretended."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from functools import lru_cache
+from typing import Any
+
+import torch
 
 
 @lru_cache(maxsize=1)
@@ -11,10 +15,70 @@ def agree_with_peers() -> None:
     """Let ZeRO-3's checks that every rank walks the modules in the same order (runtime/zero/utils.py) hear this rank's own list
     as rank 0's. The tensors of the exchange are still made. For the rest of the process; deepspeed must be imported."""
     zero = sys.modules["deepspeed.runtime.zero.utils"]
-    exchange = zero.get_lst_from_rank0  # type: ignore[attr-defined]
+    exchange, compare = zero.get_lst_from_rank0, zero.assert_lst_len_same_as_other_ranks  # type: ignore[attr-defined]
 
     def own(values: list[int]) -> list[int]:
         exchange(values)
         return values
 
+    def same_length(values: list[int]) -> None:
+        with contextlib.suppress(RuntimeError):  # the length that comes back was never sent
+            compare(values)
+
     zero.get_lst_from_rank0 = own  # type: ignore[attr-defined]
+    zero.assert_lst_len_same_as_other_ranks = same_length  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def use_device(name: str) -> None:
+    """Make DeepSpeed compute on the device type `name`, whose module torch knows (`torch.<name>`), as it would on a card with
+    its own streams. For the rest of the process, before an engine is made."""
+    import deepspeed.accelerator as accelerators
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    module = torch.get_device_module(name)
+
+    def method(attribute: str) -> Any:
+        def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(module, attribute)(*args, **kwargs)
+
+        return ask
+
+    asked = [
+        "is_available", "device_count", "set_device", "current_device", "synchronize", "Stream", "stream", "current_stream",
+        "default_stream", "empty_cache", "memory_allocated", "max_memory_allocated", "memory_reserved", "memory_stats",
+        "max_memory_reserved", "reset_peak_memory_stats",
+    ]  # fmt: skip
+
+    def device_name(self: Any, index: int | None = None) -> str:
+        return name if index is None else f"{name}:0"
+
+    def filled(dtype: torch.dtype) -> Any:
+        return property(lambda self: lambda values: torch.tensor(values, dtype=dtype, device=f"{name}:0"))
+
+    members: dict[str, Any] = {attribute: method(attribute) for attribute in asked if attribute not in ("Stream", "stream")}
+    members |= {
+        "__init__": lambda self: self.__dict__.update(
+            _name=name, _communication_backend_name="fake", _compile_backend="inductor", _nvtx_domains={}
+        ),
+        "device_name": device_name,
+        "current_device_name": lambda self: f"{name}:0",
+        "on_accelerator": lambda self, tensor: tensor.device.type == name,
+        "Stream": property(lambda self: module.Stream),
+        "Event": property(lambda self: module.Event),
+        "stream": lambda self, stream: module.stream(stream),
+        "is_bf16_supported": lambda self: module.is_bf16_supported(),
+        "is_fp16_supported": lambda self: True,
+        "total_memory": lambda self, device=None: module.mem_get_info()[1],
+        "available_memory": lambda self, device=None: module.mem_get_info()[0],
+        "range_push": lambda self, *args, **kwargs: None,
+        "range_pop": lambda self, *args, **kwargs: None,
+        "pin_memory": lambda self, tensor, align_bytes=1: tensor.pin_memory(),
+        "FloatTensor": filled(torch.float32),
+        "ByteTensor": filled(torch.uint8),
+        "BFloat16Tensor": filled(torch.bfloat16),
+        "HalfTensor": filled(torch.float16),
+        "IntTensor": filled(torch.int32),
+        "LongTensor": filled(torch.int64),
+    }
+    accelerators.set_accelerator(type("Accelerator", (CUDA_Accelerator,), members)())

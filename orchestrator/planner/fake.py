@@ -79,16 +79,20 @@ def _answer_transformers() -> None:
     masking.find_packed_sequence_indices = one_document  # type: ignore[assignment]
 
 
-def pretend(module: nn.Module) -> None:
-    """Replace every parameter and buffer of a module that was built outside the fake mode by a fake one of the same dtype,
-    shape and device; tied parameters stay tied. Call it inside the fake mode."""
+def pretend(module: nn.Module, device: torch.device) -> None:
+    """Replace every parameter and buffer of a module that was built outside the fake mode by a fake one of the same dtype and
+    shape, on the meta device where it was there, else on `device`; tied parameters stay tied. Call it inside the fake mode.
+
+    A real run moves what is not on the meta device to the card when the engine adopts it; fake tensors cannot change their
+    device in place."""
     replaced: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in replaced:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            home = tensor.device if tensor.device.type == "meta" else device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=home)
             replaced[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         return replaced[id(tensor)]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from orchestrator import model as models
-from orchestrator.engine.deepspeed_alone import agree_with_peers
+from orchestrator.engine import deepspeed_alone
 from orchestrator.engine.protocol import Engine
-from orchestrator.planner import fake
+from orchestrator.planner import card, fake
+from orchestrator.planner.blank import BlankWeights
 from orchestrator.planner.performance import Performance
 from orchestrator.planner.trace import Trace
 from orchestrator.planner.tracer import Tracer
@@ -21,27 +24,50 @@ from orchestrator.spec import RunSpec, Shard
 class FakePerformance(Performance):
     """A performance on fake tensors."""
 
+    @property
+    def zero(self) -> bool:
+        return self.spec.strategy.engine is Kind.DEEPSPEED
+
     def make(self) -> Engine:
+        if self.zero and self.device.type == card.DEVICE:
+            deepspeed_alone.use_device(card.DEVICE)
         with unset_fake_temporarily():  # a device mesh looks into its tensor of ranks
             engine = super().make()
-        if self.spec.strategy.engine is Kind.DEEPSPEED:
-            agree_with_peers()
+        if self.zero:
+            deepspeed_alone.agree_with_peers()
         return engine
 
     def build(self, engine: Engine) -> nn.Module:
-        if self.spec.strategy.engine is Kind.DEEPSPEED and self.spec.strategy.shard is Shard.PARAMETERS:
+        if self.zero and self.spec.strategy.shard is Shard.PARAMETERS:
             return super().build(engine)  # zero.Init shards each parameter as it is made: it must be fake from the start
         with unset_fake_temporarily():
             module = models.build(self.spec, engine.building())
-        fake.pretend(module)
+        fake.pretend(module, self.device)
         return module
+
+
+def device_for(spec: RunSpec) -> tuple[torch.device, Tracer]:
+    """Where the spec's cluster computes, and a tracer that tells its memory from the host's."""
+    target = spec.cluster.card
+    if target.name == "cpu":
+        return torch.device("cpu"), Tracer({"cpu": "gpu"})
+    device = card.install()
+    card.choose_attention(spec.precision.compute, target.bf16)
+    return device, Tracer({card.DEVICE: "gpu", "cpu": "cpu"}, card.current_stream_number)
+
+
+def without_files(spec: RunSpec) -> RunSpec:
+    """The spec with its model made from the shape, where that says all, so that no file of the model is looked for."""
+    shape = spec.model.shape
+    return replace(spec, model=replace(spec.model, path=None)) if shape is not None and shape.known else spec
 
 
 def play(spec: RunSpec, rank: int) -> Trace:
     """The trace of rank `rank` of `spec`."""
     if spec.strategy.engine is not Kind.PLAIN and not dist.is_initialized():
         fake.join(rank, spec.strategy.ranks)
-    tracer = Tracer({"cpu": "gpu"})
+    device, tracer = device_for(spec)
     with fake.fake_tensors():
-        FakePerformance(spec, torch.device("cpu"), tracer).run(rank)
+        weights = models.open_weights if spec.model.path is None else BlankWeights
+        FakePerformance(without_files(spec), device, tracer, weights).run(rank)
     return tracer.trace()

@@ -64,7 +64,7 @@ def test_every_strategy_to_the_byte(folder: Path) -> None:
     real = real_traces(cases, folder)
     lines = [
         "# Rehearsal against real gloo ranks, rank 0, traced the same way", "",
-        "Peak of the allocated bytes, over all phases; the last column names the phases that differ and the operations behind it.",
+        "Peak of the allocated bytes over all phases; the last column names the phases that differ and the operations behind.",
         "", "| ranks | case | real peak (B) | rehearsed − real (B) | phases that differ |", "|---|---|---|---|---|",
     ]  # fmt: skip
     wrong = []

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from truth_cases import all_cases, run_spec
 
 from orchestrator.planner.performance import Performance
 from orchestrator.planner.tracer import Tracer
-from truth_cases import all_cases, run_spec
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -1,0 +1,32 @@
+"""Weights without values: what reading a model's files costs the host, for a run that reads none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from orchestrator.model.weights import AdapterWeights
+from orchestrator.spec import Parameter, RunSpec
+from orchestrator.units import TORCH_NAMES
+
+
+class BlankWeights:
+    """Answers as `model.weights.SafetensorsWeights` would, with fake tensors: whole rows in the checkpoint's dtype, which is
+    taken to be half precision, as published checkpoints are."""
+
+    def __init__(self, spec: RunSpec, table: Sequence[Parameter]) -> None:
+        compute = spec.precision.compute if spec.precision.compute != "fp32" else "bf16"
+        self._dtype = getattr(torch, TORCH_NAMES[compute])
+        self._widths = {p.name: math.prod(p.shape[1:]) for p in table}
+        self._adapters = AdapterWeights(table, spec.seed)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter."""
+        if ".lora_A." in name or ".lora_B." in name:
+            return self._adapters.read(name, start, stop)
+        width = self._widths[name]
+        first, last = start // width, -(-stop // width)
+        rows = torch.empty((last - first) * width, dtype=self._dtype)
+        return rows[start - first * width : stop - first * width]
