@@ -138,12 +138,16 @@ def check_run(reader: Reader, about: Mapping[str, Any]) -> None:
     """Compare the identity of the run (`about`: model, tuning) with the checkpoint's, before anything is built.
 
     Raises:
-        CheckpointError: they differ; every difference is named.
+        CheckpointError: they differ; every difference is named, but of another model its name alone.
     """
+    different = [field for field, value in about.items() if field in reader.about and reader.about[field] != value]
+    if "model" in different:  # its dimensions differ because it is another
+        different = [field for field in different if not field.startswith("model.")]
     faults = [
-        Fault(field, f"{reader.path} was saved with {reader.about[field]}, this run has {value}",
-              f"set {field}={reader.about[field]}, or start afresh with resume=none and another run.dir")
-        for field, value in about.items() if field in reader.about and reader.about[field] != value
+        Fault(field, f"{reader.path} was saved with {reader.about[field]}, this run has {about[field]}",
+              ("resume with that model" if field == "model" else f"set {field}={reader.about[field]}")
+              + ", or start afresh with resume=none and another run.dir")
+        for field in different
     ]  # fmt: skip
     if faults:
         raise CheckpointError(faults)

@@ -93,6 +93,9 @@ def test_another_run_is_refused_with_every_difference(tmp_path, world):
     with pytest.raises(CheckpointError) as caught:
         check_run(Reader(path), {"model": "llama", "tuning": "lora", "tuning.rank": 8})
     assert "(2 faults)" in str(caught.value) and "was saved with tiny, this run has llama" in str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        check_run(Reader(path), {"model": "llama", "tuning": "full", "model.hidden_size": 64})
+    assert "faults" not in str(caught.value) and "resume with that model, or start afresh" in str(caught.value)
 
 
 def test_another_models_tensors_are_named(tmp_path, world):
