@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy
@@ -18,7 +20,7 @@ from torch import nn
 
 from orchestrator import data
 from orchestrator.engine import Engine, make
-from orchestrator.errors import CheckpointError, Fault
+from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower
 from orchestrator.model import build, loss_sum, open_weights, table_of
 from orchestrator.spec import Parameter, RunSpec, digest, to_json
@@ -93,6 +95,7 @@ class Run:
         self.spec, self.world = spec, world
         self.display = display or Display(world.first)
         self.folder: RunFolder | None = None
+        self._made = False
         self._measured: dict[str, tuple[Row, ...]] = {}
         self._choice: Choice
         self._layout: Layout
@@ -107,6 +110,7 @@ class Run:
             OrchestratorError: anything that a person can mend; every rank raises.
         """
         with ExitStack() as leaving:
+            leaving.push(self._withdraw)
             reader = self._open()
             on_open(self._folder)
             tokenizer, prepared, total = self._prepare()
@@ -121,7 +125,8 @@ class Run:
             ending = self._train(engine, prepared, tokenizer, total, started)
             done = ending.step if ending is not None else started
             stopped = ending is not None and ending.stopped
-            self._account(None)
+            if ending is not None:  # else what the finished run measured stands
+                self._account(None)
             publisher = Publisher(self.spec, self.world, source, self._table, weights, tokenizer)
             wanted = self.spec.export.format != "none" and not stopped
             waiting = publisher.write(engine, self._folder.export) if wanted else None
@@ -145,6 +150,13 @@ class Run:
         assert self.folder is not None, "the folder is chosen first"
         return self.folder
 
+    def _withdraw(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        """Take away the folder that this run has made if the user's input was refused before anything stood in it."""
+        refused = isinstance(error, (ConfigError, DataError, ModelError))
+        if refused and self._made and self.folder is not None and not self.folder.has_run():
+            shutil.rmtree(self.folder.path, ignore_errors=True)
+        return False
+
     def _open(self) -> Reader | None:
         """Choose and open the run folder; the checkpoint to resume from, checked against the spec."""
         spec, world = self.spec, self.world
@@ -158,7 +170,9 @@ class Run:
                 resumed_at = reader.step
             elif choice.folder.has_run():
                 resumed_at = 0
+            self._made = not choice.folder.path.exists()
             folder.open_folder(choice.folder, spec, lower(spec), resumed_at)
+            self.folder = choice.folder
             if resumed_at is not None and spec.resume != "none":
                 drop_after(choice.folder.metrics, resumed_at)
             self._metrics = Metrics(choice.folder.metrics, open_tracker(spec.logging.tracker, choice.folder.path))
@@ -167,6 +181,7 @@ class Run:
         self._choice = world.on_first(choose)
         self.folder = self._choice.folder
         open_log(self.folder.log, world.rank)
+        world.barrier()  # rank 0 may take the folder away again
         _seed(spec.seed, world.rank)
         return Reader(self._choice.checkpoint) if self._choice.checkpoint is not None else None
 

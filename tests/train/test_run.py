@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from orchestrator.engine import StepResult
 from orchestrator.engine.plain import PlainEngine
-from orchestrator.errors import CheckpointError, ConfigError, LayoutDrift
+from orchestrator.errors import CheckpointError, ConfigError, DataError, LayoutDrift
 from orchestrator.layout import Row
 from orchestrator.spec import Home, RunSpec, from_json
 from orchestrator.train.loop import Diverged
@@ -83,8 +84,9 @@ def test_dropout_continues_where_it_stopped(small, execute, tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do_and_its_export_is_kept(small, execute, screen):
-    execute(small("run.steps=1"))
+    before = execute(small("run.steps=1")).folder.ledger.read_text()
     outcome = execute(small("run.steps=1", "resume=auto"))
+    assert outcome.folder.ledger.read_text() == before
     assert "nothing is left to do: raise run.steps above 1" in screen.text
     assert len(lines(outcome)) == 1 and (outcome.folder.path / "export.old").is_dir()
 
@@ -111,6 +113,20 @@ def test_another_seed_is_refused_and_other_samples_are_told(small, execute, scre
     execute(small("run.steps=3", "resume=auto", "export.format=none", *other))
     assert "the data, its tokenizer or data.seq_len is not what the checkpoint was made with" in screen.text
     assert "data.eval_fraction was 0.0 and is 0.1" in screen.text and "batch.global_size was 8 and is 4" in screen.text
+
+
+def test_a_start_that_is_refused_leaves_no_folder_of_its_own(small, execute, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"token id \d+, but the model has vocab_size 300"):
+        execute(small("model.vocab_size=300"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match="wandb"):
+        execute(small("logger=wandb"))
+    assert not (tmp_path / "run").exists()
+    execute(small("run.steps=1", "export.format=none"))
+    with pytest.raises(DataError):
+        execute(small("run.steps=2", "resume=auto", f"data.path={Path(__file__).parent / 'conftest.py'}", "data.format=alpaca"))
+    assert len(lines(tmp_path / "run")) == 1
 
 
 def test_a_signal_finishes_the_step_saves_and_leaves(small, execute, monkeypatch):
