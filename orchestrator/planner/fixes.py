@@ -37,6 +37,13 @@ def other_strategies(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
             yield candidate.words, candidate.spec
 
 
+def both(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """Other strategies at a micro-batch of one, for a run that neither change alone makes fit."""
+    for smaller, one in list(smaller_batches(spec))[-1:]:
+        for words, other in other_strategies(one):
+            yield f"{words} {smaller}", other
+
+
 def other_results(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     """Changes that also change what is learned: shorter samples, adapters instead of all weights."""
     length = spec.data.seq_len // 2
@@ -46,7 +53,7 @@ def other_results(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     if spec.tuning.kind == "full" and spec.model.shape is not None and spec.model.shape.known:
         lora = replace(spec, tuning=Tuning("lora", targets=LINEARS))
         yield "tuning=lora", lora
-        for words, other in other_strategies(lora):
+        for words, other in (*other_strategies(lora), *both(lora)):
             yield f"tuning=lora {words}", other
 
 
@@ -77,5 +84,6 @@ def fixes(spec: RunSpec, plan: Plan) -> tuple[Fix, ...]:
     same = _one_of_each(_tried(spec, plan, other_strategies(spec), table))
     smaller = _tried(spec, plan, smaller_batches(spec), table)[:1]
     kept = sorted(same + smaller, key=lambda fix: fix.slowdown or 0.0)
+    kept = kept or _one_of_each(_tried(spec, plan, both(spec), table))
     changed = [] if len(kept) >= MOST else _one_of_each(_tried(spec, plan, other_results(spec), table))
     return tuple((kept + changed)[:MOST])
