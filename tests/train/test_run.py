@@ -18,8 +18,6 @@ from orchestrator.spec import Home, RunSpec, from_json
 from orchestrator.train.loop import Diverged
 from orchestrator.train.metrics import read_metrics
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
-
 EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "labelled_tokens")
 
 
