@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
     if is_adapter(folder):
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by old names: nothing a reader can mend
+            model = PeftModel.from_pretrained(model, str(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import warnings
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from orchestrator.config import compose
 from orchestrator.data.tokenizer import SAMPLE
 from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint, export, reopen
-
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 
 
 def logits(model):
@@ -74,6 +73,11 @@ def test_an_adapter_loads_on_its_base_and_equals_the_merged_model(small, execute
     assert torch.allclose(logits(adapted), logits(merged), atol=1e-5)
     assert not torch.allclose(logits(adapted), logits(base), atol=1e-3)
     assert torch.equal(logits(adapted.merge_and_unload()), logits(merged))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        opened, _ = reopen.open_model(outcome.export)
+    assert torch.allclose(logits(opened), logits(merged), atol=1e-5)
+    assert not [warning for warning in seen if warning.category is FutureWarning]
 
 
 def test_a_model_from_a_folder_is_trained_and_its_adapter_names_the_folder(small, execute, tmp_path):
