@@ -1,0 +1,157 @@
+"""The documents hold what they promise: commands run, named files, choices and keys exist, figures are the Layout's.
+
+Every line of a fenced `sh` block of the README is a command. Here each runs in a shell as it is typed, from an empty folder
+that holds `launch/`, but for those whose comment begins with `slow`: of these the configuration is composed. `runs/demo` is a
+copy of `runs/first`, which an earlier command has made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import compose
+from orchestrator.config.catalog import groups, keys
+from orchestrator.layout import Layout, lay_out, parameter_table
+from orchestrator.spec import Home
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/log.md")
+SLOW = "slow"
+GIB = 2**30
+ENDINGS = (".py", ".json", ".jsonl", ".yaml", ".log", ".old")
+"""A word with one of these is a file's name, not a key."""
+
+MAKES_RUNS = "run.dir="
+"""Commands that make the runs which others read; they go first."""
+
+
+def commands() -> list[tuple[str, str]]:
+    """(command, comment) of every line of the README's `sh` blocks, those that make runs first, else in their order."""
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            command, _, comment = line.partition(" #")
+            if command.strip():
+                found.append((command.strip(), comment.strip()))
+    return sorted(found, key=lambda pair: MAKES_RUNS not in pair[0])
+
+
+QUICK = [command for command, comment in commands() if not comment.startswith(SLOW)]
+LONG = [command for command, comment in commands() if comment.startswith(SLOW)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with `launch/` and a data file, where commands run one after the other."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    rows = [{"instruction": f"What is {n} + {n}?", "input": "", "output": f"{n} + {n} = {2 * n}"} for n in range(1, 5)]
+    (folder / "FILE.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def stand_in_for_the_demo(folder: Path) -> None:
+    """Let `runs/demo` be what the first run left."""
+    first, demo = folder / "runs" / "first", folder / "runs" / "demo"
+    if first.is_dir() and not demo.exists():
+        shutil.copytree(first, demo)
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_a_command_runs_as_it_is_typed(command: str, workplace: Path) -> None:
+    stand_in_for_the_demo(workplace)
+    launchers = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in launchers}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(workplace / ".cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    ended = subprocess.run(
+        ["bash", "-euc", command], cwd=workplace, env=environment, text=True, capture_output=True, timeout=120
+    )
+    assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_a_long_command_names_what_exists(command: str, workplace: Path) -> None:
+    """Its make target, or its script and a configuration that composes."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+        return
+    script = next(word for word in words if word.endswith(".py"))
+    assert (ROOT / script).is_file()
+    overrides = [word.replace("FILE.json", str(workplace / "FILE.json")) for word in words[words.index(script) + 1 :]]
+    compose([word for word in overrides if word != "model.path=FOLDER"], ranks=1 if words[0] == "python" else 4)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_files_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:launch|orchestrator|tests|conf|benchmarks|docs)/[\w./]*\w\.(?:py|yaml|json|md)", text))
+    missing = sorted(name for name in named if "NAME" not in name and not (ROOT / name).is_file())
+    assert not missing, f"{document} names {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_choices_and_keys_exist(document: str) -> None:
+    text = re.sub(r"^\$ .*?^```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    choices = {group: {choice.name for choice in found} for group, found in groups().items()}
+    wrong = [
+        f"{group}={choice}"
+        for group, choice in re.findall(r"(?<![\w.])(\w+)=([\w]+)", text)
+        if group in choices and choice not in choices[group]
+    ]
+    sections = {key.partition(".")[0] for key in keys() if "." in key}
+    for key in re.findall(r"(?<![\w./])([a-z]+\.[a-z_]+)(?=[=` ])", text):
+        if key.partition(".")[0] in sections and key not in keys() and not key.endswith(ENDINGS):
+            wrong.append(key)
+    assert not wrong, f"{document} names {wrong}"
+
+
+def layout_of(strategy: str, tuning: str) -> tuple[Layout, int]:
+    """The Layout that a row of the README's table is about, and the parameters of its base model."""
+    cluster = "1xa10" if strategy == "zero=none" else "4xa10"
+    size = 1 if strategy == "zero=none" else 4
+    fixed = ["model=llama3_8b", f"cluster={cluster}", "precision=bf16", f"batch.global_size={size}", f"tuning={tuning}"]
+    spec = compose([*fixed, *strategy.split()])
+    table = parameter_table(spec)
+    assert table is not None
+    return lay_out(spec, table), sum(p.numel for p in table if not p.adapter)
+
+
+ROWS = re.findall(r"^\| `((?:zero|fsdp)=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
+
+
+def test_the_table_has_every_strategy() -> None:
+    shown = {word for strategy, _ in ROWS for word in strategy.split()}
+    for group in ("zero", "fsdp"):
+        assert {f"{group}={choice.name}" for choice in groups()[group]} - shown <= {"fsdp=none"}
+
+
+@pytest.mark.parametrize(("strategy", "cells"), ROWS)
+def test_the_table_of_strategies_is_the_layouts(strategy: str, cells: str) -> None:
+    full, parameters = layout_of(strategy, "full")
+    lora, _ = layout_of(strategy, "lora")
+    expected = [
+        f"{full.rest_bytes(Home.GPU) / parameters:.2f}",
+        f"{full.rest_bytes(Home.GPU) / GIB:.1f}",
+        f"{full.peak_bytes(Home.GPU) / GIB:.1f}",
+        f"{full.rest_bytes(Home.CPU) / GIB:.1f}",
+        f"{lora.rest_bytes(Home.GPU) / GIB:.1f}",
+        f"{lora.rest_bytes(Home.CPU) / GIB:.1f}",
+    ]
+    assert [cell.strip() for cell in cells.split("|")][1:7] == expected
