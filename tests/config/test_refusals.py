@@ -30,7 +30,7 @@ REFUSALS = [
     ("model=llama3_8", 1, ["did you mean llama3_8b?", "qwen_7b"]),
     ("batch.global_sise=12", 1, ["no key batch.global_sise", "did you mean batch.global_size?", "batch.micro"]),
     ("lr=1", 1, ["no key lr", "did you mean optimizer.lr?"]),
-    ("optimzer.lr=1", 1, ["did you mean optimizer.lr?"]),
+    ("optimzer.lr=1", 1, ["did you mean optimizer.lr?"]),  # codespell:ignore
     ("+foo.bar=1", 1, ["no key foo.bar", "valid groups and sections"]),
     ("run=runs/demo", 1, ["run is a section", "run.dir"]),
     ("zero=stage1,stage2", 1, ["several values for zero", "add -m"]),
@@ -163,7 +163,7 @@ def test_every_rule_has_its_row():
 
 
 def test_all_faults_are_reported_together():
-    report = refuse("zero=stag3", "batch.sise=1", "seed=x", "optimizer.lr=-1", "data.path=/nowhere.json", "model.path=/nowhere")
+    report = refuse("zero=stag3", "batch.mikro=1", "seed=x", "optimizer.lr=-1", "data.path=/nowhere.json", "model.path=/nowhere")
     assert "6 faults" in report
     report = refuse("zero=stage1", "offload=cpu", "batch.global_size=9", "data.seq_len=4096", "optimizer.lr=-1", ranks=2)
     assert "4 faults" in report
