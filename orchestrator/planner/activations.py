@@ -13,11 +13,22 @@ from orchestrator.spec import ModelShape, RunSpec
 from orchestrator.units import dtype_bytes
 
 FP32 = 4
-LOSS_FORWARD_FP32 = 2
-"""Logit-sized fp32 tensors at the end of the forward: the cast logits and log_softmax's result (model/loss.py)."""
 
-LOSS_BACKWARD_FP32 = 3
-"""At the start of the backward: log_softmax's result, the gradient of nll_loss and that of log_softmax."""
+
+@dataclass(frozen=True, slots=True)
+class LossCode:
+    """Logit-sized fp32 tensors that a loss keeps at its two peaks: the end of the forward and the start of the backward.
+
+    `half`: the logits in the compute dtype are still there at the first of them.
+    """
+
+    forward: int
+    backward: int
+    half: bool = True
+
+
+OURS = LossCode(forward=2, backward=3)
+"""model/loss.py: the cast logits and log_softmax's result; then that result and the gradients of nll_loss and log_softmax."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,7 @@ def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
     return kept
 
 
-def activations(spec: RunSpec, shape: ModelShape) -> Activations:
+def activations(spec: RunSpec, shape: ModelShape, loss: LossCode = OURS) -> Activations:
     """The activations of `spec.batch.micro` rows of `spec.data.seq_len` tokens."""
     s = sizes(shape, spec.precision.compute, spec.strategy.tp)
     tokens = spec.batch.micro * spec.data.seq_len
@@ -115,6 +126,8 @@ def activations(spec: RunSpec, shape: ModelShape) -> Activations:
     block = tokens * _block(spec, shape, s)
     inputs = tokens * s.c * s.hidden
     recompute = spec.recompute != "none"
+    # Without recompute nothing before the first adapters needs a gradient, so the first norm keeps nothing.
+    first = 0 if full or recompute else tokens * (FP32 * s.hidden + FP32)
     # Gradients of the product, of both its factors and of the residual stream live at once; the norms work in fp32.
     transient = tokens * (3 * s.c * s.inner + 2 * s.c * s.hidden + 2 * FP32 * s.hidden)
     # fp32 gradient of q, and with grouped heads k and v expanded to all of them (flash_api.cpp, mha_bwd).
@@ -123,15 +136,14 @@ def activations(spec: RunSpec, shape: ModelShape) -> Activations:
     head = tokens * (FP32 * s.hidden + (2 * s.c * s.hidden if full else 0))
     logits = tokens * s.vocabulary
     # Rows beyond the first make the shifted logits a copy (flatten of a slice).
-    low = (s.c if s.c < FP32 else 0) + (s.c if spec.batch.micro > 1 else 0)
-    cast = LOSS_FORWARD_FP32 * FP32
+    low = (s.c if s.c < FP32 else 0) + (s.c if spec.batch.micro > 1 else 0) if loss.half else 0
     return Activations(
-        blocks=shape.num_hidden_layers * (inputs if recompute else block),
+        blocks=shape.num_hidden_layers * (inputs if recompute else block) - first,
         one_block=block,
         transient=transient,
         attention=attention,
         head=head,
         logits=logits * s.c,
-        loss_forward=logits * (low + cast),
-        loss_backward=logits * LOSS_BACKWARD_FP32 * FP32,
+        loss_forward=logits * (low + loss.forward * FP32),
+        loss_backward=logits * loss.backward * FP32,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from orchestrator.layout import Layout, lay_out
 from orchestrator.ledger import Entry, Ledger
-from orchestrator.planner.activations import FP32, Activations, activations
+from orchestrator.planner.activations import FP32, OURS, Activations, LossCode, activations
 from orchestrator.planner.device import overhead
 from orchestrator.spec import ROOT, Engine, Home, ModelShape, Parameter, RunSpec, Shard
 from orchestrator.units import dtype_bytes
@@ -104,10 +104,12 @@ def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     return {"gathered": max((p.numel for p in table if p.trainable), default=0) * size}
 
 
-def card_moments(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, rank: int = 0) -> tuple[Moment, ...]:
+def card_moments(
+    spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, rank: int = 0, loss: LossCode = OURS
+) -> tuple[Moment, ...]:
     """What the card of rank `rank` holds at each instant, in the order of a run, optimizer states present (second step on)."""
     layout = lay_out(spec, table, rank)
-    held: Activations = activations(spec, shape)
+    held: Activations = activations(spec, shape, loss)
     rest = _resting(layout, "step", Home.GPU)
     backward = _moving(layout, "backward", Home.GPU)
     gradients = _gradients(spec, table, backward)
