@@ -7,11 +7,13 @@ run for certain and never promises that one fits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orchestrator.errors import Fault, MisfitError
 from orchestrator.layout import Layout, lay_out
-from orchestrator.spec import ZERO_STAGES, Buckets, Engine, Home, Parameter, RunSpec, Shard, Strategy
+from orchestrator.planner.candidates import candidates
+from orchestrator.planner.device import CPU
+from orchestrator.spec import Home, Parameter, RunSpec
 from orchestrator.units import format_bytes
 
 
@@ -36,26 +38,16 @@ def need(spec: RunSpec, table: Sequence[Parameter]) -> Need:
     """The lower bounds for rank 0 of `spec`. On a machine without cards everything is host memory."""
     layout = lay_out(spec, table)
     card, host = layout.peak_bytes(Home.GPU), layout.peak_bytes(Home.CPU)
-    if spec.cluster.card.name == "cpu":
+    if spec.cluster.card.name == CPU:
         return Need(card + host, spec.cluster.card.memory_bytes, 0, 0)
     share = spec.cluster.host_bytes // max(1, spec.cluster.cards_per_node)
     return Need(card, spec.cluster.card.memory_bytes, host, share)
 
 
 def alternatives(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
-    """(what to type, the spec it gives) from the fastest to the slowest, on the same ranks."""
-    ranks, buckets = spec.strategy.ranks, spec.strategy.buckets or Buckets()
-    pinned = spec.cluster.card.name != "cpu"
-    for stage, shard in ZERO_STAGES.items():
-        if shard is Shard.NONE:
-            continue
-        zero = Strategy(Engine.DEEPSPEED, shard, dp_shard=ranks, buckets=buckets)
-        yield f"zero=stage{stage}", replace(spec, strategy=zero)
-    fsdp = Strategy(Engine.FSDP, Shard.PARAMETERS, dp_shard=ranks)
-    yield "fsdp=full_shard", replace(spec, strategy=fsdp)
-    zero3 = Strategy(Engine.DEEPSPEED, Shard.PARAMETERS, dp_shard=ranks, buckets=buckets, pin_memory=pinned)
-    yield "zero=stage3 offload=optimizer", replace(spec, strategy=replace(zero3, optimizer_home=Home.CPU))
-    yield "zero=stage3 offload=cpu", replace(spec, strategy=replace(zero3, optimizer_home=Home.CPU, parameter_home=Home.CPU))
+    """(what to type, the spec it gives) for every strategy on the same ranks, with the same recompute."""
+    for candidate in candidates(spec, (spec.recompute,)):
+        yield candidate.words, candidate.spec
 
 
 def fixes(spec: RunSpec, table: Sequence[Parameter]) -> list[tuple[str, int]]:
