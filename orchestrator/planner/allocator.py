@@ -126,10 +126,12 @@ def segment_size(size: int) -> int:
 
 
 class CachingAllocator:
-    """The allocator of one card. `budget`: bytes that may be reserved (None: no limit)."""
+    """The allocator of one card. `budget`: bytes that may be reserved (None: no limit). `card`: all its memory, of which an
+    expandable segment has 9/8 in addresses (None: the budget)."""
 
-    def __init__(self, *, expandable: bool, budget: int | None = None) -> None:
+    def __init__(self, *, expandable: bool, budget: int | None = None, card: int | None = None) -> None:
         self.expandable, self.budget = expandable, budget
+        self.card = budget if card is None else card
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
         self._pools: dict[tuple[bool, int], _Pool] = {}
@@ -146,7 +148,7 @@ class CachingAllocator:
         pool = self._pools.get(key)
         if pool is None:
             pool = self._pools[key] = _Pool(key[0])
-        block = pool.best_fit(rounded, expandable=self.expandable) or self._grow(pool, segment_size(rounded))
+        block = pool.best_fit(rounded, expandable=self.expandable) or self._grow(pool, rounded)
         rest = block.size - rounded
         if rest >= SMALLEST_BLOCK if pool.small or self.expandable else rest > SMALL_REQUEST:
             self._split(pool, block, rounded)
@@ -181,9 +183,9 @@ class CachingAllocator:
         pool.insert(rest)
 
     def _grow(self, pool: _Pool, size: int) -> _Block:
-        """A free block of at least `size` with memory from the driver; it is in no pool."""
+        """A free block of at least `size`, which is rounded, with memory from the driver; it is in no pool."""
         for attempt in (0, 1):
-            block = self._map(pool, size) if self.expandable else self._segment(size)
+            block = self._map(pool, size) if self.expandable else self._segment(segment_size(size))
             if block is not None:
                 return block
             if attempt == 0:
@@ -233,7 +235,8 @@ class CachingAllocator:
                 block = block.next  # type: ignore[assignment]
             if room >= size:
                 return first
-        block = _Block(self._next_address, ADDRESS_RANGE, expandable=True, mapped=False)
+        length = ADDRESS_RANGE if self.card is None else align_up(self.card + self.card // 8, pool.step)
+        block = _Block(self._next_address, length, expandable=True, mapped=False)
         self._next_address += 2 * ADDRESS_RANGE
         insort(pool.unmapped, (block.address, block), key=lambda item: item[0])
         return block
@@ -271,7 +274,9 @@ class CachingAllocator:
                     self.reserved -= block.size
 
     def _unmap(self, pool: _Pool, block: _Block) -> None:
-        start, end = align_up(block.address, pool.step), (block.address + block.size) // pool.step * pool.step
+        base = block.address // ADDRESS_RANGE * ADDRESS_RANGE  # steps are counted from the start of the segment
+        start = base + align_up(block.address - base, pool.step)
+        end = base + (block.address - base + block.size) // pool.step * pool.step
         if end <= start:
             return
         pool.remove(block)
@@ -322,18 +327,26 @@ def _insert_after(block: _Block, new: _Block) -> None:
     block.next = new
 
 
-def replay(events: Trace | Iterable[Event], *, expandable: bool, budget: int | None = None, home: str = "gpu") -> Replay:
+def replay(
+    events: Trace | Iterable[Event],
+    *,
+    expandable: bool,
+    budget: int | None = None,
+    card: int | None = None,
+    home: str = "gpu",
+) -> Replay:
     """What the caching allocator of a card would hold while `events` happen.
 
     Args:
         events: a trace, or its events in order. Only those of `home` count.
         expandable: PYTORCH_ALLOC_CONF=expandable_segments:True.
         budget: bytes that the allocator may reserve: the card's memory less what context, NCCL and others take; None: no limit.
+        card: all the card's memory; None: the budget.
 
     Returns:
         The peaks, rounded as the allocator rounds; up to the failing request where it does not fit.
     """
-    allocator = CachingAllocator(expandable=expandable, budget=budget)
+    allocator = CachingAllocator(expandable=expandable, budget=budget, card=card)
     held: dict[int, tuple[_Block, _Pool]] = {}
     segments = events.segments if isinstance(events, Trace) else None
     peaks: dict[str, list[int]] = {}
