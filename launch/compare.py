@@ -1,6 +1,7 @@
 """Compare strategies: `python launch/compare.py model=qwen_7b cluster=4xa10 tuning=lora [out=plans] [format=json]`.
 
-`key=a,b` crosses choices; without zero or fsdp every strategy is planned. Writes a picture and a page into `out`."""
+`key=a,b` crosses choices; without zero or fsdp every strategy is planned. Writes a picture and a page into `out`.
+`runs=runs/a,runs/b` instead sets what finished runs held on every card beside what was predicted."""
 
 from __future__ import annotations
 
@@ -15,6 +16,17 @@ if importlib.util.find_spec("orchestrator") is None:
 from orchestrator.config import run_app
 
 
+def compare_runs(paths: list[str], out: Path) -> int:
+    """Print and draw what each card of finished runs held; 0."""
+    from orchestrator.report import plans, runs
+    from orchestrator.report.record import load
+
+    records = [load(Path(path).expanduser()) for path in paths]
+    plans.show(runs.table(records))
+    print(f"\npicture {runs.draw(records, out / 'runs.png')}")
+    return 0
+
+
 def compare(overrides: list[str]) -> int:
     """Plan all, print one table, write the picture and the page; exit code 0 if something fits, 3 if nothing does."""
     from orchestrator.errors import MisfitError
@@ -24,8 +36,10 @@ def compare(overrides: list[str]) -> int:
     from orchestrator.report.arguments import choices
     from orchestrator.report.progress import progress
 
-    options = {"format": ("text", "json"), "basis": BASES, "out": ()}
-    values, rest = choices(overrides, options, {"format": "text", "basis": LAYOUT, "out": "plans"})
+    options = {"format": ("text", "json"), "basis": BASES, "out": (), "runs": ()}
+    values, rest = choices(overrides, options, {"format": "text", "basis": LAYOUT, "out": "plans", "runs": ""})
+    if values["runs"]:
+        return compare_runs(values["runs"].split(","), Path(values["out"]).expanduser())
     with progress("plan") as advance:
         made = compare(rest, basis=values["basis"], progress=advance)
     title = f"{' '.join(rest)}"

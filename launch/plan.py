@@ -17,13 +17,16 @@ from orchestrator.config import run_app
 
 def plan(overrides: list[str]) -> int:
     """Predict, print, and return the exit code."""
+    from rich.console import Console
+
     from orchestrator.errors import MisfitError
     from orchestrator.planner.planning import AUTO, BASES, plan
     from orchestrator.report import plans
     from orchestrator.report.arguments import choices
 
     values, rest = choices(overrides, {"format": ("text", "json"), "basis": BASES}, {"format": "text", "basis": AUTO})
-    made = plan(rest, basis=values["basis"])
+    with Console(stderr=True).status("planning"):
+        made = plan(rest, basis=values["basis"])
     if values["format"] == "json":
         print(json.dumps(made.to_json(), indent=2))
     else:

@@ -28,6 +28,10 @@ DOUBT = 0.12
 """The closed form's largest error over 23 traced configurations (shared FACTS, section 1): nearer to the limit than this, a
 rehearsal decides."""
 
+ASKED = 600.0
+PATIENCE = 120.0
+"""Seconds that a rehearsal may take: where it was asked for, and under basis "auto"."""
+
 WORKERS = 2
 """Rehearsals at once; each is one process of one thread with up to 0.7 GB."""
 
@@ -56,7 +60,7 @@ def _made(spec: RunSpec, basis: str) -> Plan:
     if basis == AUTO and not _doubtful(by_layout(spec)):
         return by_layout(spec)
     try:
-        return by_rehearsal(spec)
+        return by_rehearsal(spec, timeout=PATIENCE if basis == AUTO else ASKED)
     except RehearsalError as error:
         if basis == REHEARSAL:
             raise

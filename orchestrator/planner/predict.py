@@ -200,14 +200,14 @@ def _allocator(result: Rehearsal, room: int) -> _Replayed:
     return _Replayed(free.peak_allocated, needed)
 
 
-def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0) -> Plan:
+def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, timeout: float = 600.0) -> Plan:
     """The Plan of `spec` from running its engine on fake tensors, as rank `rank`, in a child process.
 
     Raises:
-        RehearsalError: the engine could not be rehearsed.
+        RehearsalError: the engine could not be rehearsed within `timeout` seconds.
     """
     table = table_for(spec) if table is None else table
-    result = rehearse(without_weights(spec), rank)
+    result = rehearse(without_weights(spec), rank, timeout=timeout)
     over = device.overhead(spec.cluster, spec.strategy.ranks)
     ledger = _rehearsed_ledger(result, over.workspace)
     alive = ledger.lines(result.peak_phase, GPU)

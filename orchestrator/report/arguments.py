@@ -55,7 +55,7 @@ def choices(
         if not equals or key not in options:
             rest.append(override)
         elif (options[key] and value not in options[key]) or not value:
-            valid = f"valid: {', '.join(options[key])}" if options[key] else f"write {key}={defaults[key]}, for example"
+            valid = f"valid: {', '.join(options[key])}" if options[key] else f"write {key}={defaults[key] or '…'}"
             faults.append(Fault(override, f"{key} cannot be {value or 'empty'}", valid))
         else:
             values[key] = value

@@ -29,7 +29,7 @@ tbody tr:hover, tbody tr:focus-within { background: #f6f8fb; }
 .fits { color: #1e7e34; } .tight { color: #9a6700; } .short { color: #b02a37; }
 .key { display: inline-block; width: 10px; height: 10px; margin: 0 5px 0 12px; }
 #tip { position: fixed; display: none; background: #fff; border: 1px solid #999; padding: 8px 12px;
-  box-shadow: 0 2px 12px #0003; max-width: 46em; pointer-events: none; z-index: 9; }
+  box-shadow: 0 2px 12px #0003; max-width: 30em; pointer-events: none; z-index: 9; }
 #tip table { width: auto; } #tip td { border: 0; padding: 1px 8px 1px 0; }
 """
 
