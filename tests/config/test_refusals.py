@@ -163,7 +163,7 @@ def test_every_rule_has_its_row():
 
 
 def test_all_faults_are_reported_together():
-    report = refuse("zero=stag3", "batch.mikro=1", "seed=x", "optimizer.lr=-1", "data.path=/nowhere.json", "model.path=/nowhere")
+    report = refuse("zero=stag3", "batch.mikr=1", "seed=x", "optimizer.lr=-1", "data.path=/nowhere.json", "model.path=/nowhere")
     assert "6 faults" in report
     report = refuse("zero=stage1", "offload=cpu", "batch.global_size=9", "data.seq_len=4096", "optimizer.lr=-1", ranks=2)
     assert "4 faults" in report
