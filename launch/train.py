@@ -16,22 +16,23 @@ from orchestrator.errors import OrchestratorError
 
 
 def train(overrides: list[str]) -> int:
-    """Compose, join the other ranks, run, and show what became of it. Heavy imports wait until --help is out of the way."""
+    """Compose, join the other ranks, run, and show what became of it. Torch is imported when the configuration is sound."""
     from orchestrator.train import failure
-    from orchestrator.train.world import join, leave, ranks_from_environment
+    from orchestrator.train.launcher import ranks_from_environment
 
     log: Path | None = None
 
     def work() -> int:
         nonlocal log
         from orchestrator.cluster.local import local_cluster
-        from orchestrator.report.record import load
-        from orchestrator.report.tables import print_report
 
         spec = compose(overrides, ranks=ranks_from_environment()[0], local=local_cluster, strict=False)
         from orchestrator.planner.prelude import settle
+        from orchestrator.report.record import load
+        from orchestrator.report.tables import print_report
         from orchestrator.train.folder import RunFolder, write_json
         from orchestrator.train.run import Run
+        from orchestrator.train.world import join, leave
 
         world = join(spec.cluster.card.name)
         prelude = world.on_first(lambda: settle(spec))

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.train.world import PeerFailure
+from orchestrator.train.launcher import PeerFailure
 
 LOG = logging.getLogger("orchestrator")
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.errors import ConfigError, Fault, OrchestratorError
+from orchestrator.train.launcher import PeerFailure, ranks_from_environment
 
 T = TypeVar("T")
 
@@ -81,17 +82,6 @@ class World:
     def agree(self, failure: str | None) -> list[str]:
         """The failures of all ranks, prefixed with their rank, on every rank; empty when every rank gave None."""
         return [f"rank {rank}: {text}" for rank, text in enumerate(self.gather(failure)) if text is not None]
-
-
-class PeerFailure(RuntimeError):
-    """Another rank failed and reports the cause itself."""
-
-
-def ranks_from_environment() -> tuple[int, int]:
-    """(ranks in all, ranks on this machine) as the launcher states them; (1, 1) under bare python."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return size, min(size, int(local)) if "WORLD_SIZE" in os.environ else 1
 
 
 def _fill_environment() -> None:

@@ -89,11 +89,13 @@ def test_lower_prints_json_and_nothing_else(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_and_config_come_without_torch(tmp_path):
+def test_help_refusals_and_config_come_without_torch(tmp_path):
     script = str(LAUNCH / "train.py")
     code = f"import sys, runpy; sys.argv = ['train.py', '--help']; runpy.run_path({script!r}, run_name='__main__')"
     done = call([*PYTHON, "-X", "importtime", "-c", code], tmp_path)
     assert done.returncode == 0 and "zero" in done.stdout and "| torch\n" not in done.stderr
+    done = call([*PYTHON, "-X", "importtime", "-c", code.replace("--help", "zero=stage9")], tmp_path)
+    assert done.returncode == 2 and "did you mean stage3?" in done.stderr and "| torch\n" not in done.stderr
     done = call([*PYTHON, LAUNCH / "train.py", "--cfg", "job", "zero=stage3"], tmp_path)
     assert done.returncode == 0 and "global_size" in done.stdout and not list(tmp_path.iterdir())
 

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.errors import ConfigError
 from orchestrator.train import failure
-from orchestrator.train.world import PeerFailure
+from orchestrator.train.launcher import PeerFailure
 
 WORKER = Path(__file__).parent / "failing_worker.py"
 ROOT = Path(__file__).resolve().parents[2]
