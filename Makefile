@@ -7,7 +7,7 @@ CHECK  := $(VENV)/.ready-check
 RANKS  ?= 2
 export HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test check bench sweep clean
+.PHONY: demo test check bench sweep gpu-wheels clean
 
 # The main job on the built-in sample: ZeRO-3 with CPU offload on two ranks, on GPUs where there are some.
 demo: $(READY)
@@ -45,6 +45,16 @@ $(READY): pyproject.toml constraints.txt
 $(CHECK): $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[check]'
 	touch $@
+
+# What a bare GPU image lacks (benchmarks/gpu/bare.sh installs it there): DeepSpeed without ops, and small pure packages.
+GPU_PYTHON ?= 3.12
+gpu-wheels: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel -q --no-deps -c constraints.txt -w build/gpu-wheels deepspeed hydra-core omegaconf 'antlr4-python3-runtime==4.9.*'
+	$(BIN)/python -m pip download -q --no-deps -c constraints.txt -d build/gpu-wheels --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 --platform any \
+		einops hjson py-cpuinfo msgpack ninja pydantic pydantic-core==$$($(BIN)/python -c 'import pydantic_core; print(pydantic_core.__version__)') \
+		annotated-types typing-inspection nvidia-ml-py psutil rich markdown-it-py mdurl pygments datasets dill multiprocess
+	du -sh build/gpu-wheels
 
 clean:
 	rm -rf $(VENV) runs
