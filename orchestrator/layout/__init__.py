@@ -32,10 +32,10 @@ def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
     if strategy.engine is Engine.DEEPSPEED:
         host_computes = spec.cluster.card.name == "cpu"
         rows = deepspeed.rows(strategy, table, compute, spec.batch.accumulation, rank, host_computes)
-        moving = deepspeed.buffers(strategy, table, compute, spec.batch.accumulation)
+        moving = deepspeed.buffers(strategy, table, compute)
     elif strategy.engine is Engine.FSDP:
         rows = fsdp.rows(strategy, table, compute, rank)
-        moving = fsdp.buffers(strategy, table, compute, spec.batch.accumulation)
+        moving = fsdp.buffers(strategy, table, compute)
     else:
         rows, moving = plain.rows(table, compute), plain.buffers(table, compute)
     return Layout(rank, strategy.ranks, rows, moving)

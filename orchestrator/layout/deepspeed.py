@@ -124,7 +124,7 @@ def _stage3_rows(
     return tuple(base)
 
 
-def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int) -> tuple[Buffer, ...]:
+def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tuple[Buffer, ...]:
     """What comes and goes inside a step, from the library's source; activations are the rehearsal's business."""
     trainable, _, _ = _split(table)
     total, size, knobs = sum(p.numel for p in trainable), dtype_bytes(compute), _buckets(strategy)
@@ -137,7 +137,7 @@ def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, accumu
         return (Buffer("gradients", Home.GPU, total * size, (*backward, *step), "engine.py allreduce_gradients"),)
     part = align_up(total, FLAT_ALIGNMENT * ranks) // ranks
     bucket = knobs.reduce * size * (2 if knobs.overlap_comm else 1)
-    held = part if strategy.shard is Shard.GRADIENTS and accumulation == 1 else total
+    held = part if strategy.shard is Shard.GRADIENTS else total
     offloaded = strategy.optimizer_home is not Home.GPU
     moving = [Buffer("bucket", Home.GPU, bucket, backward, "stage_1_and_2.py setup_buckets")]
     if not offloaded:

@@ -44,7 +44,7 @@ def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, rank: int
     return tuple(result)
 
 
-def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int) -> tuple[Buffer, ...]:
+def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tuple[Buffer, ...]:
     """Gathered weights and reduce-scatter inputs, by group (each block, and the root with embeddings and head)."""
     groups: dict[int, int] = {}
     learned: dict[int, int] = {}

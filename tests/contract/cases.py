@@ -82,7 +82,7 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
         run=s.Run(None, STEPS, 1), seed=SEED,
         model=s.Model("small", None, False, replace(SHAPE, tie_word_embeddings=case.tied)),
         tuning=lora if case.tuning == "lora" else s.Tuning("full"), strategy=strategy, batch=batch,
-        data=s.Data(None, 32), optimizer=s.Optimizer("adamw", lr=5e-3, weight_decay=0.01, clip=0.5),
+        data=s.Data(None, 32), optimizer=s.Optimizer("adamw", lr=2e-3, weight_decay=0.01, clip=0.5),
         schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
