@@ -57,12 +57,15 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
 
 
 def all_cases(ranks: int) -> list[Case]:
-    """The whole product on two ranks; on four, fp32 without accumulation, and tied embeddings; on one, whatever starts."""
+    """The whole product on two ranks, and fp16 where it may differ; on four, fp32 without accumulation, and tied embeddings;
+    on one, whatever starts."""
     names = strategies(ranks)
     if ranks == 1:
         return [Case(name, *rest, 1) for name, rest in itertools.product(names, (("full", "fp32"), ("lora", "bf16")))]
     if ranks == 2:
-        return [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
+        half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
+        whole = [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
+        return whole + [Case(name, tuning, "fp16", 1) for name, tuning in half]
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
     return plain + [
         Case(name, "full", "fp32", 1, tied=True) for name in ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")
