@@ -42,7 +42,7 @@ def _reason(words: str, plan: Plan, fitting: int, tried: int) -> str:
             f"{words}: the one that sends least of {fitting} strategies that fit (of {tried}); {used} of {limit} for each rank"
         )
     return (
-        f"{words}: the fastest of {fitting} strategies that fit (of {tried}); {plan.seconds:.2f} s a step at peak rates, "
+        f"{words}: the fastest of {fitting} strategies that fit (of {tried}); {plan.seconds:.2f} s a step, "
         f"{used} of {limit} on each card"
     )
 

@@ -44,12 +44,16 @@ def both(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
             yield f"{words} {smaller}", other
 
 
-def other_results(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
-    """Changes that also change what is learned: shorter samples, adapters instead of all weights."""
+def shorter_samples(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """Half the length and less; what is learned changes."""
     length = spec.data.seq_len // 2
     while length >= SHORTEST:
         yield f"data.seq_len={length}", replace(spec, data=replace(spec.data, seq_len=length))
         length //= 2
+
+
+def adapters(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """Adapters instead of all weights, under every strategy."""
     if spec.tuning.kind == "full" and spec.model.shape is not None and spec.model.shape.known:
         lora = replace(spec, tuning=Tuning("lora", targets=LINEARS))
         yield "tuning=lora", lora
@@ -58,7 +62,7 @@ def other_results(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
 
 
 def _tried(spec: RunSpec, plan: Plan, changes: Iterator[tuple[str, RunSpec]], table: Sequence[Parameter]) -> list[Fix]:
-    """The changes that fit with the margin of their basis, cheapest first; of equal ones the one that is shortest to type."""
+    """The changes that fit with the margin of their basis, in the order given."""
     found = []
     for words, other in changes:
         new = by_layout(other, table if other.tuning == spec.tuning else None)
@@ -67,7 +71,17 @@ def _tried(spec: RunSpec, plan: Plan, changes: Iterator[tuple[str, RunSpec]], ta
         slowdown = new.seconds / plan.seconds if new.seconds and plan.seconds else None
         host = new.host.need if new.offloads else 0
         found.append(Fix(words, plan.memory.used - new.memory.used, slowdown, host))
-    return sorted(found, key=lambda fix: (round(fix.slowdown or 0.0, 2), fix.words.count("="), -fix.saves))
+    return found
+
+
+def _cheapest(fixes: Sequence[Fix]) -> list[Fix]:
+    """By the length of a step; of equal ones the shortest to type first, and none that only adds words to another."""
+    ordered = sorted(fixes, key=lambda fix: (round(fix.slowdown or 0.0, 2), fix.words.count("="), -fix.saves))
+    kept: list[Fix] = []
+    for fix in ordered:
+        if not any(set(other.words.split()) < set(fix.words.split()) for other in kept):
+            kept.append(fix)
+    return kept
 
 
 def _one_of_each(fixes: Sequence[Fix]) -> list[Fix]:
@@ -81,9 +95,10 @@ def _one_of_each(fixes: Sequence[Fix]) -> list[Fix]:
 def fixes(spec: RunSpec, plan: Plan) -> tuple[Fix, ...]:
     """The cheapest changes that make `spec` fit, those that keep its result first; empty where nothing known helps."""
     table = table_for(spec)
-    same = _one_of_each(_tried(spec, plan, other_strategies(spec), table))
-    smaller = _tried(spec, plan, smaller_batches(spec), table)[:1]
-    kept = sorted(same + smaller, key=lambda fix: fix.slowdown or 0.0)
-    kept = kept or _one_of_each(_tried(spec, plan, both(spec), table))
-    changed = [] if len(kept) >= MOST else _one_of_each(_tried(spec, plan, other_results(spec), table))
-    return tuple((kept + changed)[:MOST])
+    largest_batch = _tried(spec, plan, smaller_batches(spec), table)[:1]
+    kept = _one_of_each(_cheapest(_tried(spec, plan, other_strategies(spec), table) + largest_batch))
+    kept = kept or _one_of_each(_cheapest(_tried(spec, plan, both(spec), table)))
+    if len(kept) < MOST:
+        kept += _tried(spec, plan, shorter_samples(spec), table)[:1]
+        kept += _one_of_each(_cheapest(_tried(spec, plan, adapters(spec), table)))
+    return tuple(kept[:MOST])

@@ -15,14 +15,17 @@ from orchestrator.planner.candidates import typed
 from orchestrator.planner.moments import GPU, card_moments, host_lines, largest, ledger_of
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Room
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
-from orchestrator.planner.roofline import StepTime, step_time
+from orchestrator.planner.roofline import COMPUTE, StepTime, step_time
 from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard
 from orchestrator.units import MIB, align_up
 
 LARGE_BLOCK = 2 * MIB
 """Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
 
-UNCALIBRATED = "step times are peaks of the sourced specification, not calibrated: they rank strategies, real steps are slower"
+CALIBRATION = (
+    f"step times: computing at {COMPUTE.share} of the card's peaks ({COMPUTE.low} to {COMPUTE.high} in the recorded runs), "
+    "links and host at theirs, not calibrated"
+)
 
 
 def table_for(spec: RunSpec) -> tuple[Parameter, ...]:
@@ -90,7 +93,7 @@ def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -
 def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
     notes = []
     if time is not None:
-        notes.append(UNCALIBRATED)
+        notes.append(CALIBRATION)
     elif spec.cluster.card.name == device.CPU:
         notes.append("no step time: the rates of this machine's processor are not known")
     else:

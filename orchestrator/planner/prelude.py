@@ -31,7 +31,7 @@ def predicted(plan: Plan) -> str:
     on_card = plan.card != "cpu"
     where = "on each card" if on_card else "of memory for each rank"
     used, limit = format_bytes(plan.memory.used), format_bytes(plan.memory.limit)
-    speed = f", {plan.seconds:.2f} s a step at peak rates" if plan.seconds is not None else ""
+    speed = f", {plan.seconds:.2f} s a step" if plan.seconds is not None else ""
     tight = ", tight" if plan.verdict == TIGHT else ""
     host = f", {format_bytes(plan.host.need)} of host memory" if on_card and plan.offloads else ""
     return f"{used} of {limit} {where}{tight}{host}, peak in {plan.peak.phase} ({plan.peak.what}){speed}; from the {plan.basis}"

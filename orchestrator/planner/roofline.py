@@ -1,8 +1,8 @@
 """How long an optimizer step takes: a roofline for each class of operation on the card's sourced peaks.
 
-Matrix products run at the tensor cores' peak, everything else at the memory's; each of them at the factor in `FACTORS`,
-which is 1.0 where no recorded measurement exists. So the seconds are a lower bound, and their first duty is to rank
-strategies: all of them share the same compute, and differ by traffic, recompute and offload.
+Matrix products run at the tensor cores' peak, everything else at the memory's, both at the share of it in `COMPUTE`, which was
+measured; links and hosts at theirs, which were not. The first duty of the seconds is to rank strategies: all of them share
+the same computing, and differ by traffic, recompute and offload.
 """
 
 from __future__ import annotations
@@ -17,8 +17,28 @@ from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec
 
 GIGA, TERA = 1e9, 1e12
 
-FACTORS = {"matmul": 1.0, "attention": 1.0, "memory": 1.0, "link": 1.0, "host": 1.0}
-"""Share of the peak that is reached, by class of operation. 1.0: not calibrated, for want of a recorded measurement."""
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Share of a peak that is reached, the lowest and highest that were recorded, and where. Without a record 1.0."""
+
+    share: float
+    low: float
+    high: float
+    source: str
+
+
+COMPUTE = Factor(
+    0.78, 0.76, 0.79, "fsdp_qlora's LoRA of Llama 2 7B without sharding, 4 × 2048 tokens: 2,380 tokens/s on two RTX 3090, "
+    "4,799 on two RTX 4090 (published_memory.csv, fsdpqlora-010 and -014)"
+)  # fmt: skip
+LINK = Factor(1.0, 1.0, 1.0, "not recorded")
+HOST = Factor(1.0, 1.0, 1.0, "not recorded")
+
+PCIE_HIDES = 0.0
+"""Share of the collectives that computing hides where cards speak over PCIe. The same runs with FSDP took longer than their
+computing by 0.6 s (RTX 4090) and 3.7 to 4.7 s (RTX 3090, alike at four lengths and batches): the whole of their traffic, at
+23 and 3.3 GB/s (fsdpqlora-003, -004, -007, -008, -015). Over NVLink all of it can hide, which was not recorded."""
 
 ADAM_BYTES = 30
 """Bytes that one element's update moves: gradient, master and both moments read in fp32, the last three written, and the
@@ -86,9 +106,9 @@ def _seconds(work: _Pass, factor: float, spec: RunSpec, tokens: int, attention_f
     """`factor` times the matrix products and the other traffic of a pass, and `attention_factor` times its attention."""
     card = spec.cluster.card
     peak = card.half_tflops if spec.precision.compute != "fp32" else rates(card).fp32_tflops
-    matmul = work.matmul / (peak * TERA * FACTORS["matmul"])
-    attention = work.attention / (peak * TERA * FACTORS["attention"])
-    memory = work.moved / (card.memory_gb_per_s * GIGA * FACTORS["memory"])
+    matmul = work.matmul / (peak * TERA * COMPUTE.share)
+    attention = work.attention / (peak * TERA * COMPUTE.share)
+    memory = work.moved / (card.memory_gb_per_s * GIGA * COMPUTE.share)
     return tokens * (factor * (matmul + memory) + attention_factor * attention)
 
 
@@ -97,24 +117,24 @@ def link_rate(cluster: Cluster, ranks: int) -> float:
     own = cluster.card.link_gb_per_s
     if ranks > cluster.cards_per_node:
         own = min(own, NETWORK_GB_PER_S / cluster.cards_per_node)
-    return own * GIGA * FACTORS["link"]
+    return own * GIGA * LINK.share
 
 
 def _update(spec: RunSpec, table: Sequence[Parameter], moved: Traffic) -> float:
     trained = sum(p.numel for p in table if p.trainable)
     sharded = spec.strategy.dp_shard if spec.strategy.shard != "none" else 1
     if moved.updated:
-        share = HOST_MEMORY_GB_PER_S / spec.cluster.cards_per_node * FACTORS["host"]
+        share = HOST_MEMORY_GB_PER_S / spec.cluster.cards_per_node * HOST.share
         return moved.updated * ADAM_BYTES / (share * GIGA)
-    return trained / sharded * ADAM_BYTES / (spec.cluster.card.memory_gb_per_s * GIGA * FACTORS["memory"])
+    return trained / sharded * ADAM_BYTES / (spec.cluster.card.memory_gb_per_s * GIGA * COMPUTE.share)
 
 
 def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> StepTime | None:
     """The parts of one optimizer step at full sequences; None where the card's rates are not known.
 
     The backward costs twice the forward: once for the gradients of inputs, once for those of weights, which LoRA leaves
-    out. Collectives inside forward and backward hide behind the computing of the same pass; without `overlap_comm` they do
-    not, and offload traffic never does.
+    out. Over NVLink collectives inside forward and backward hide behind the computing of the same pass; without
+    `overlap_comm` they do not, and offload traffic never does.
     """
     card = spec.cluster.card
     if card.name == CPU or not (card.half_tflops and card.memory_gb_per_s):
@@ -131,8 +151,9 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     rate = link_rate(spec.cluster, spec.strategy.ranks)
     sent = [count / rate if rate else 0.0 for count in (moved.forward, moved.backward, moved.boundary)]
     overlap = spec.strategy.buckets is None or spec.strategy.buckets.overlap_comm
-    hidden = min(sent[0], forward) + min(sent[1], backward + again) if overlap else 0.0
-    host = (moved.fetched + moved.returned) / (rates(card).host_gb_per_s * GIGA * FACTORS["host"])
+    hides = 1.0 if rates(card).nvlink else PCIE_HIDES
+    hidden = hides * (min(sent[0], forward) + min(sent[1], backward + again)) if overlap else 0.0
+    host = (moved.fetched + moved.returned) / (rates(card).host_gb_per_s * GIGA * LINK.share)
     return StepTime(
         compute=forward + backward,
         recompute=again,

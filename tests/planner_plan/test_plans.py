@@ -67,7 +67,7 @@ def test_what_does_not_fit_says_what_is_missing_and_what_would_help():
     made = plan(*LORA, "zero=stage2")
     assert made.verdict == SHORT and made.shortfall.startswith("short 7.") and "on each card in backward" in made.shortfall
     words = [fix.words for fix in made.fixes]
-    assert words[0] in ("zero=stage3", "fsdp=full_shard") and "recompute=full" in words
+    assert "recompute=full" in words and any(word.startswith("fsdp=") for word in words)
     assert [fix.slowdown for fix in made.fixes[:2]] == sorted(fix.slowdown for fix in made.fixes[:2])
     for fix in made.fixes:
         assert plan(*[o for o in LORA if o.partition("=")[0] != fix.words.partition("=")[0]], *_onto("zero=stage2", fix)).fits
