@@ -14,12 +14,12 @@ IGNORED = -100
 class MicroBatch:
     """One forward of one rank. All tensors are int64 of shape (micro, longest sample of this micro-batch), on the CPU.
 
-    `labels` are not shifted: position t is learned from positions before t. A row that only fills up the batch has
-    every label `IGNORED` and a mask of ones, so that attention stays finite and its gradient is exactly zero.
+    `labels` are not shifted: position t is learned from positions before t. Rows are filled up on the right, where causal
+    attention lets no real token see, so there is no mask. A row that only fills up the batch has every label `IGNORED`, so
+    that its gradient is exactly zero.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     labels: torch.Tensor
 
 

@@ -82,13 +82,11 @@ def collate(prepared: Prepared, samples: Counts, micro: int, pad_id: int) -> Mic
     width = int(prepared.lengths[samples].max()) if len(samples) else FILLER_LENGTH
     input_ids = np.full((micro, width), pad_id, dtype=np.int64)
     labels = np.full((micro, width), IGNORED, dtype=np.int64)
-    attention_mask = np.ones((micro, width), dtype=np.int64)
     for row, sample in enumerate(samples):
         length = int(prepared.lengths[sample])
         input_ids[row, :length] = prepared.input_ids[sample]
         labels[row, :length] = prepared.labels[sample]
-        attention_mask[row, length:] = 0
-    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(labels))
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels))
 
 
 def _nothing_to_learn(step: int, samples: Counts) -> DataError:

@@ -56,8 +56,8 @@ def _absence(folder: Path) -> str:
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills up short rows: the pad token, else the end token, else 0. The vocabulary never changes.
 
-    Which one it is does not matter to learning: labels are made from the spans of answers, never from ids, and the
-    attention mask hides the filling.
+    Which one it is does not matter to learning: labels are made from the spans of answers, never from ids, and
+    the filling stands on the right, where no real token sees it.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:

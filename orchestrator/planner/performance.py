@@ -90,7 +90,7 @@ class Performance:
         for index in range(self.spec.batch.accumulation):
             self.tracer.enter_phase("forward")
             ids = torch.zeros(size, length, dtype=torch.int64)
-            batch = MicroBatch(ids, torch.ones_like(ids), torch.zeros_like(ids))
+            batch = MicroBatch(ids, torch.zeros_like(ids))
             engine.forward_backward(batch, self.spec.batch.global_size, last=index == self.spec.batch.accumulation - 1)
             del ids, batch
         self.tracer.enter_phase("step")

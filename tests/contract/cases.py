@@ -116,7 +116,7 @@ def micro_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], size: int) -> Mic
     ids, labels = torch.zeros(size, longest, dtype=torch.int64), torch.full((size, longest), IGNORED)
     for index, (row, label) in enumerate(rows):
         ids[index, : len(row)], labels[index, : len(row)] = row, label
-    return MicroBatch(ids, torch.ones_like(ids), labels)
+    return MicroBatch(ids, labels)
 
 
 def deal(step: int, batch: s.Batch, rank: int, ranks: int) -> list[MicroBatch]:

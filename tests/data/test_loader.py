@@ -19,12 +19,17 @@ PAD = 0
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+def length_of(ids: torch.Tensor) -> int:
+    """Tokens of a row without its padding: no sample holds the pad token."""
+    return int((ids != PAD).sum())
+
+
 def real_rows(batch: MicroBatch) -> list[Row]:
     """(ids, labels) of the rows that are samples, without their padding."""
     found = []
-    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
-        length = int(mask.sum())
-        if (labels != IGNORED).any():
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        length = length_of(ids)
+        if length:
             found.append((tuple(ids[:length].tolist()), tuple(labels[:length].tolist())))
     return found
 
@@ -79,36 +84,34 @@ def test_an_epoch_shows_each_training_sample_once_and_ends_with_a_short_batch(sa
     assert [contents(step) for step in made[:per_epoch]] != [contents(step) for step in made[per_epoch:]]
 
 
-def test_filler_rows_attend_and_learn_nothing(sample: Prepared) -> None:
+def test_filler_rows_learn_nothing(sample: Prepared) -> None:
     last = run(sample, 16, 4, 2, total=15)[-1]
     empty = [batch for rank in last for batch in rank.micro_batches if not real_rows(batch)]
     assert len(empty) == 2
     for batch in empty:
         assert batch.input_ids.shape == (4, 2)
-        assert (batch.attention_mask == 1).all()
         assert (batch.labels == IGNORED).all()
         assert (batch.input_ids == PAD).all()
 
 
-def test_fillers_beside_samples_have_a_mask_of_ones(sample: Prepared) -> None:
+def test_fillers_beside_samples_learn_nothing(sample: Prepared) -> None:
     small = replace(sample, train=sample.train[:3])
     (step,) = steps(small, Batch(4, 4, 1), seed=0, rank=0, ranks=1, pad_id=PAD, total_steps=1)
     (batch,) = step.micro_batches
     assert len(real_rows(batch)) == 3
     assert (batch.labels[3] == IGNORED).all()
-    assert (batch.attention_mask[3] == 1).all()
+    assert (batch.input_ids[3] == PAD).all()
 
 
 def test_rows_are_padded_on_the_right_to_the_longest_of_the_micro_batch(sample: Prepared) -> None:
     for (step,) in run(sample, 16, 4, 1, total=15):
         for batch in step.micro_batches:
-            assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
-            mask = batch.attention_mask
-            if real_rows(batch):
-                assert int(mask.sum(1).max()) == mask.shape[1]
-            assert (mask[:, :-1] >= mask[:, 1:]).all()
-            assert (batch.input_ids[mask == 0] == PAD).all()
-            assert (batch.labels[mask == 0] == IGNORED).all()
+            assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+            lengths = [length_of(ids) for ids in batch.input_ids]
+            if any(lengths):
+                assert max(lengths) == batch.input_ids.shape[1]
+            for ids, labels, length in zip(batch.input_ids, batch.labels, lengths, strict=True):
+                assert (ids[:length] != PAD).all() and (labels[length:] == IGNORED).all()
 
 
 def test_ranks_work_on_like_lengths_longest_first(sample: Prepared) -> None:
@@ -128,7 +131,6 @@ def test_starting_later_gives_the_same_batches(sample: Prepared, start: int) -> 
             for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
                 assert torch.equal(x.input_ids, y.input_ids)
                 assert torch.equal(x.labels, y.labels)
-                assert torch.equal(x.attention_mask, y.attention_mask)
 
 
 def test_a_start_after_the_end_gives_nothing(sample: Prepared) -> None:

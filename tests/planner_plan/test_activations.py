@@ -43,7 +43,7 @@ def saved_bytes(spec: RunSpec) -> tuple[int, int]:
 
     ids = torch.randint(0, spec.model.shape.vocab_size, (spec.batch.micro, spec.data.seq_len))
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_sum(model, MicroBatch(ids, torch.ones_like(ids), ids))
+        loss_sum(model, MicroBatch(ids, ids))
     logits = sum(size for size, is_logits in found.values() if is_logits)
     return sum(size for size, _ in found.values()) - logits, logits
 
