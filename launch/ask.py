@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-if importlib.util.find_spec("orchestrator") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# This clone, also where another one is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.errors import CheckpointError, Fault, OrchestratorError
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("orchestrator") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# This clone, also where another one is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config import compose, run_app
 

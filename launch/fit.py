@@ -4,14 +4,13 @@ For each strategy the largest micro-batch and the longest sequence; where nothin
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-if importlib.util.find_spec("orchestrator") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# This clone, also where another one is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config import run_app
 

@@ -4,13 +4,12 @@ Exit code 0: it fits, 3: it does not, 2: the configuration cannot be used."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("orchestrator") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# This clone, also where another one is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config import run_app
 
