@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import Fault, LayoutDrift
 from orchestrator.ledger import Entry, Ledger
@@ -103,16 +103,14 @@ def check_census(layout: Layout, measured: Iterable[Row], point: str) -> None:
         LayoutDrift: naming each line, dtype and home that differs, with both figures.
     """
     expected, found = merge(layout.at(point)), merge(measured)
-    faults = [
-        Fault(
-            f"rank {layout.rank}, {line} ({dtype}, {home})",
-            f"{found.get(key, 0):,} elements live, {expected.get(key, 0):,} expected "
-            f"({format_bytes((found.get(key, 0) - expected.get(key, 0)) * dtype_bytes(dtype))} apart, after {point})",
-        )
-        for key in sorted(expected.keys() | found.keys())
-        for line, dtype, home in [key]
-        if expected.get(key, 0) != found.get(key, 0)
-    ]
+    faults = []
+    for key in sorted(expected.keys() | found.keys()):
+        line, dtype, home = key
+        live, told = found.get(key, 0), expected.get(key, 0)
+        if live != told:
+            apart = format_bytes((live - told) * dtype_bytes(dtype))
+            problem = f"{live:,} elements live, {told:,} expected ({apart} apart, after {point})"
+            faults.append(Fault(f"rank {layout.rank}, {line} ({dtype}, {home})", problem))
     if faults:
-        remedy = Fault("remedy", "a library version may have changed its tensors: compare with the versions in constraints.txt")
-        raise LayoutDrift([*faults, remedy])
+        remedy = "a library version may have changed its tensors: compare with the versions in constraints.txt"
+        raise LayoutDrift([*faults[:-1], replace(faults[-1], remedy=remedy)])
