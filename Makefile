@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY=1
 # The main job on the built-in sample: ZeRO-3 with CPU offload on two ranks, on GPUs where there are some.
 demo: $(READY)
 	rm -rf runs/demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" LOCAL_SIZE=$(RANKS) $(BIN)/deepspeed launch/train.py zero=stage3 offload=cpu run.dir=runs/demo run.epochs=12
+	PATH="$(CURDIR)/$(BIN):$$PATH" LOCAL_SIZE=$(RANKS) $(BIN)/deepspeed launch/train.py zero=stage3 offload=cpu run.dir=runs/demo run.epochs=15
 	$(BIN)/python launch/ask.py run=runs/demo "What is the capital of France?"
 
 test: $(READY)
