@@ -157,6 +157,12 @@ class Card:
     manual_seed_all = manual_seed
 
 
+def forget_streams() -> None:
+    """Let the next stream be number 1 again, so that two rehearsals in one process number theirs alike."""
+    Stream._made = 0
+    Card.streams[:] = [Stream()]
+
+
 def current_stream_number() -> int:
     """Number of the stream in which work is being queued; 0 is the default one."""
     return Card.streams[-1].stream_id

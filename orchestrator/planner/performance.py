@@ -18,13 +18,9 @@ from orchestrator.engine.protocol import Engine, Weights
 from orchestrator.layout import LOADED, STEPPED, check_census, lay_out
 from orchestrator.planner.tracer import Tracer
 from orchestrator.spec import Export, Parameter, RunSpec
-from orchestrator.units import GIB
 
 STEPS = 2
 """Optimizer state appears in the first step, and ZeRO-3 knows its order of use from the second on."""
-
-SAVED_AT_ONCE = GIB
-"""Bytes of pieces that a checkpoint gathers on the host before it writes them (train/checkpoint.py, CHUNK_BYTES)."""
 
 OpenWeights = Callable[[RunSpec, tuple[Parameter, ...]], Weights]
 
@@ -97,18 +93,13 @@ class Performance:
         engine.step(self.spec.optimizer.lr)
 
     def _save(self, engine: Engine) -> None:
-        """What a checkpoint and, where asked for, an export move to the host."""
+        """What a checkpoint and, where asked for, an export move to the host, each piece by itself; that the writer gathers
+        pieces before it writes them is added by `rehearsal.with_chunk`."""
         pieces, _ = engine.save()
-        chunk: list[torch.Tensor] = []
-        held = 0
         for piece in pieces:
-            if not piece.owned:
-                continue
-            if chunk and held + piece.data.nbytes > SAVED_AT_ONCE:
-                chunk, held = [], 0
-            chunk.append(piece.data.detach().to("cpu").contiguous())
-            held += piece.data.nbytes
-        chunk.clear()
+            if piece.owned:
+                piece.data.detach().to("cpu").contiguous()
         if self.spec.export != Export("none", False):
+            self.tracer.enter_phase("save")
             for _ in engine.full_tensors():
                 pass

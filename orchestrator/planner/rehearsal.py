@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.planner.trace import Living, Trace
-from orchestrator.spec import RunSpec, from_json, to_json
+from orchestrator.planner.splice import splice
+from orchestrator.planner.trace import Living, Note, Trace
+from orchestrator.spec import Engine, RunSpec, from_json, to_json
+from orchestrator.units import GIB
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,15 @@ def summarize(rank: int, trace: Trace, seconds: float, basis: str = "full") -> R
     return Rehearsal(rank, trace, peaks, trace.living(at), phase, seconds, basis)
 
 
-def rehearse(spec: RunSpec, rank: int = 0, *, timeout: float = 600.0) -> Rehearsal:
+def rehearse(spec: RunSpec, rank: int = 0, *, timeout: float = 600.0, whole: bool = False) -> Rehearsal:
     """What rank `rank` of `spec.strategy.ranks` allocates in load, two optimizer steps and save. Runs in a child process.
+
+    Where it is exact, a few layers are traced and the others spliced in (`basis` says so), unless `whole` is set.
 
     Raises:
         RehearsalError: the child failed or took longer than `timeout` seconds; carries its last words.
     """
-    request = json.dumps({"spec": to_json(spec), "rank": rank})
+    request = json.dumps({"spec": to_json(spec), "rank": rank, "whole": whole})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         child = subprocess.run(
@@ -103,21 +107,67 @@ def rehearse(spec: RunSpec, rank: int = 0, *, timeout: float = 600.0) -> Rehears
     return Rehearsal.from_json(json.loads(child.stdout.splitlines()[-1]))
 
 
-def rehearse_here(spec: RunSpec, rank: int = 0) -> Rehearsal:
+def rehearse_here(spec: RunSpec, rank: int = 0, *, whole: bool = False) -> Rehearsal:
     """The same in this process, which afterwards is good for rehearsals alone (see `fake`); torch's default process group must
     not exist yet, or be the fake one with the same rank and size."""
     from orchestrator.planner.stage import play
 
     began = time.perf_counter()
-    trace = play(spec, rank)
-    return summarize(rank, trace, time.perf_counter() - began)
+    spliced = None if whole or not can_splice(spec) else _spliced(spec, rank)
+    trace = spliced or play(spec, rank)
+    return summarize(rank, with_chunk(trace), time.perf_counter() - began, "full" if spliced is None else "spliced")
+
+
+SAVED_AT_ONCE = GIB
+"""Bytes of pieces that a checkpoint gathers on the host before it writes them (train/checkpoint.py, CHUNK_BYTES)."""
+
+
+def with_chunk(trace: Trace) -> Trace:
+    """The trace with one more block at its end: the pieces that a checkpoint's writer holds on the host at once, to within one
+    piece. Where the host is the device that computes, pieces are written from where they lie and nothing is added."""
+    save = trace.segments.index("save")
+    pieces = [e.bytes for e in trace if e.block > 0 and e.note.segment == save and e.note.home == "cpu"]
+    if not pieces:
+        return trace
+    held = min(sum(pieces), max(SAVED_AT_ONCE, *pieces))
+    number, note = max(trace.block) + 1, Note("checkpoint chunk", len(trace.segments) - 1, home="cpu")
+    extended = [column[:] for column in (trace.block, trace.size, trace.note)]
+    for column, value in zip(extended, (number, held, len(trace.notes)), strict=True):
+        column.append(value)
+    for column, value in zip(extended, (-number, held, len(trace.notes)), strict=True):
+        column.append(value)
+    return Trace(trace.segments, (*trace.notes, note), *extended, trace.lines)
+
+
+FEW = 4
+"""Layers of the shallower of the two traces that are spliced: the two at each end are special, one of two repeats."""
+
+
+def can_splice(spec: RunSpec) -> bool:
+    """Whether tracing a few layers may be enough. Not under DeepSpeed: its flat buckets and ZeRO-3's thresholds count over the
+    whole depth."""
+    shape = spec.model.shape
+    deep = shape is not None and shape.known and shape.num_hidden_layers > 2 * FEW
+    return deep and spec.strategy.engine is not Engine.DEEPSPEED
+
+
+def _spliced(spec: RunSpec, rank: int) -> Trace | None:
+    from orchestrator.planner.stage import play
+
+    shape = spec.model.shape
+    assert shape is not None, "can_splice was asked"
+
+    def at(layers: int) -> Trace:
+        return play(replace(spec, model=replace(spec.model, shape=replace(shape, num_hidden_layers=layers))), rank)
+
+    return splice(at(FEW), at(FEW + 1), shape.num_hidden_layers - FEW)
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print on stdout; the answer must be alone there
-    rehearsal = rehearse_here(from_json(RunSpec, request["spec"]), request["rank"])
+    rehearsal = rehearse_here(from_json(RunSpec, request["spec"]), request["rank"], whole=request["whole"])
     json.dump(rehearsal.to_json(), answer)
     answer.flush()
     os._exit(0)  # fake tensors and fake groups do not survive the interpreter's clean-up

@@ -52,6 +52,7 @@ def device_for(spec: RunSpec) -> tuple[torch.device, Tracer]:
     if target.name == "cpu":
         return torch.device("cpu"), Tracer({"cpu": "gpu"})
     device = card.install()
+    card.forget_streams()
     card.choose_attention(spec.precision.compute, target.bf16)
     return device, Tracer({card.DEVICE: "gpu", "cpu": "cpu"}, card.current_stream_number)
 

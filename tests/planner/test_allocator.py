@@ -1,4 +1,4 @@
-"""Truth 3: the allocator model is the allocator. Answers of the real libc10_cuda.so, recorded by benchmarks/memory/oracle.py."""
+"""Truth 3: the allocator model is the allocator. Answers of the real libc10_cuda.so, recorded by benchmarks/memory/oracle."""
 
 from __future__ import annotations
 

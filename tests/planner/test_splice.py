@@ -1,0 +1,92 @@
+"""Truth 2: splicing is exact. A few layers spliced to the whole depth give the events of the whole depth, one by one."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.config import compose
+from orchestrator.planner.allocator import replay
+from orchestrator.planner.rehearsal import FEW, can_splice, rehearse
+from orchestrator.planner.splice import splice
+from orchestrator.planner.trace import Note, Trace
+from orchestrator.spec import RunSpec
+
+SHAPES = [
+    ["cluster=1xa10"], ["cluster=1xa10", "recompute=full"], ["cluster=1xa10", "tuning=lora"],
+    ["cluster=1xa10", "tuning=lora", "recompute=full"], ["cluster=1xa10", "precision=fp32"],
+    ["cluster=1xa10", "model=qwen25_0_5b", "batch.micro=2"], ["fsdp=full_shard"], ["fsdp=full_shard", "recompute=full"],
+    ["fsdp=full_shard", "tuning=lora"], ["fsdp=full_shard", "tuning=lora", "recompute=full"], ["fsdp=shard_grad_op"],
+    ["fsdp=full_shard", "offload=cpu"], ["fsdp=hybrid_shard"], ["fsdp=full_shard", "batch.global_size=8"],
+]  # fmt: skip
+
+
+def spec_of(overrides: list[str]) -> RunSpec:
+    """Eleven layers of a Llama of 1 B, 256 tokens, on 4xa10, unless said otherwise."""
+    base = ["model=llama32_1b", "cluster=4xa10", "data.seq_len=256", "batch.micro=1", "batch.global_size=4"]
+    spec = compose([*base, *overrides])
+    assert spec.model.shape is not None
+    return replace(spec, model=replace(spec.model, shape=replace(spec.model.shape, num_hidden_layers=11)))
+
+
+def same_as_whole(overrides: list[str]) -> None:
+    spliced, whole = rehearse(spec_of(overrides)), rehearse(spec_of(overrides), whole=True)
+    assert (spliced.basis, whole.basis) == ("spliced", "full")
+    events = [[(e.block > 0, e.bytes, e.note) for e in r.trace] for r in (spliced, whole)]
+    assert events[0] == events[1]
+    assert spliced.peaks == whole.peaks
+    for expandable in (False, True):
+        assert replay(spliced.trace, expandable=expandable) == replay(whole.trace, expandable=expandable)
+
+
+@pytest.mark.parametrize("overrides", SHAPES[6:7], ids=" ".join)
+def test_spliced_is_whole(overrides: list[str]) -> None:
+    same_as_whole(overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", SHAPES, ids=" ".join)
+def test_every_shape_spliced_is_whole(overrides: list[str]) -> None:
+    same_as_whole(overrides)
+
+
+def layered(layers: int, *, growing: bool = False) -> Trace:
+    """A forward that keeps two blocks a layer, a backward that frees them in reverse, and one block that grows with depth."""
+    notes = (Note("embed", 0), Note("attend", 0), Note("mix", 0), Note("free", 1), Note("sum", 1))
+    events: list[tuple[int, int, int]] = [(1, 512, 0)]
+    for layer in range(layers):
+        size = 100 * (layer + 1) if growing else 100
+        events += [(2 + 2 * layer, size, 1), (3 + 2 * layer, 200, 2)]
+    events += [(-block, size, 3) for block, size, _ in reversed(events)]
+    total = 2 + 2 * layers
+    events += [(total, 4 * layers, 4), (-total, 4 * layers, 3)]
+    columns = [array("q", column) for column in zip(*events, strict=True)]
+    return Trace(("forward", "backward"), notes, *columns)
+
+
+def test_a_layer_is_repeated_and_its_frees_find_their_blocks() -> None:
+    found = splice(layered(4), layered(5), 6)
+    assert found is not None
+    assert list(found) == list(layered(10))
+
+
+def test_layers_that_are_not_alike_are_not_spliced() -> None:
+    assert splice(layered(4, growing=True), layered(5, growing=True), 6) is None
+
+
+def test_other_segments_are_not_spliced() -> None:
+    assert splice(layered(4), replace(layered(5), segments=("forward", "step")), 6) is None
+
+
+@pytest.mark.parametrize("overrides", [["zero=stage2"], ["zero=stage3"]], ids=" ".join)
+def test_deepspeed_is_traced_whole(overrides: list[str]) -> None:
+    assert not can_splice(spec_of(overrides))
+
+
+def test_a_shallow_model_is_traced_whole() -> None:
+    spec = spec_of(["fsdp=full_shard"])
+    assert spec.model.shape is not None
+    few = replace(spec, model=replace(spec.model, shape=replace(spec.model.shape, num_hidden_layers=2 * FEW)))
+    assert can_splice(spec) and not can_splice(few)
