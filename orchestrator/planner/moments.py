@@ -1,6 +1,6 @@
 """The instants of a step at which a rank can hold most, from the Layout and the activation estimate: basis "layout".
 
-Six instants bound a run: the load, the loss, the start and the end of the backward, the update and the save. Between the
+The instants that bound a run: the load, the loss, the start and the end of the backward, the update and the save. Between the
 start and the end of the backward activations go as gradients come, each by block, so the peak is at one of its ends.
 """
 
@@ -87,21 +87,55 @@ def _step_lines(spec: RunSpec, layout: Layout) -> dict[str, int]:
     return {}
 
 
+def _norm_lines(spec: RunSpec, layout: Layout, table: Sequence[Parameter]) -> dict[str, int]:
+    """ZeRO-1 and 2: each gradient of the partition is cast to double precision for its norm, the largest too
+    (stage_1_and_2.py get_grad_norm_direct, get_norm_dtype)."""
+    strategy = spec.strategy
+    if strategy.shard not in (Shard.OPTIMIZER, Shard.GRADIENTS) or strategy.optimizer_home is not Home.GPU:
+        return {}
+    part = sum(row.elements for row in layout.rows if row.line == "master")
+    return {"gradients": min(part, max((p.numel for p in table if p.trainable), default=0)) * 2 * FP32}
+
+
 def _load_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     """What is alive only while the engine takes the model over."""
     strategy = spec.strategy
     if strategy.engine is Engine.DEEPSPEED and strategy.shard in (Shard.OPTIMIZER, Shard.GRADIENTS):
         # stage_1_and_2.py __init__: the parameters and their flat copy.
         return {"weights": sum(p.numel for p in table if p.trainable) * dtype_bytes(spec.precision.compute)}
+    if strategy.engine is Engine.DEEPSPEED and strategy.shard is Shard.PARAMETERS:
+        # partition_parameters.py zero.Init: a parameter is made whole before it is divided.
+        return {"weights": max(p.numel for p in table) * dtype_bytes(spec.precision.compute)}
     return {}
 
 
-def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
-    """One whole tensor at a time is gathered for the export (engine.full_tensors)."""
-    if spec.strategy.shard is not Shard.PARAMETERS or spec.strategy.ranks == 1:
+def _whole_gradient(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
+    """ZeRO-2: the gradient that has just been made is whole, beside the partition that it is reduced into."""
+    if spec.strategy.shard is not Shard.GRADIENTS:
         return {}
-    size = FP32 if spec.strategy.engine is Engine.FSDP else dtype_bytes(spec.precision.compute)
-    return {"gathered": max((p.numel for p in table if p.trainable), default=0) * size}
+    return {"gradients": max((p.numel for p in table if p.trainable), default=0) * dtype_bytes(spec.precision.compute)}
+
+
+def _gathering(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
+    """Bytes of FSDP2's root group and of its largest block, gathered. While a group is gathered there are two of it: the flat
+    result, and the parameters copied out of it (_fsdp_collectives.py foreach_all_gather_copy_out)."""
+    groups: dict[int, int] = {}
+    for parameter in table:
+        groups[parameter.block] = groups.get(parameter.block, 0) + parameter.numel
+    c = dtype_bytes(spec.precision.compute)
+    return groups.get(ROOT, 0) * c, max((numel for block, numel in groups.items() if block != ROOT), default=0) * c
+
+
+def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
+    """One whole tensor at a time is gathered for the export (engine.full_tensors); FSDP2's is fp32, and is cast."""
+    strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
+    if strategy.shard is not Shard.PARAMETERS or strategy.ranks == 1:
+        return {}
+    largest_one = max((p.numel for p in table if p.trainable), default=0)
+    if strategy.engine is Engine.DEEPSPEED:
+        return {"gathered": largest_one * c}
+    own = largest_one // strategy.dp_shard * FP32 if strategy.parameter_home is not Home.GPU else 0
+    return {"gathered": largest_one * (FP32 + (c if c < FP32 else 0)) + own}
 
 
 def card_moments(
@@ -129,16 +163,28 @@ def card_moments(
     at_loss = {"gradients": gradients.at_loss, "activations": held.saved}
     at_start = {"gradients": gradients.at_head, "activations": held.blocks}
     at_end = {"gradients": gradients.at_end}
+    at_norm = {"gradients": backward.get("gradients", 0)}
     one = {"activations": held.one_block} if spec.recompute == "none" else {}
+    fsdp = spec.strategy.engine is Engine.FSDP
+    root, blocks = _gathering(spec, table)
+    fetched = {"gathered": 2 * root + 2 * blocks} if fsdp else {}  # the first block is fetched ahead, and copied out too
+    again = {"gathered": 2 * root} if freed else {}
+    # However much the forward kept, the backward frees it block by block, and the root before its gradients are reduced.
+    at_first = lasting | {"gathered": root + 2 * blocks} if fsdp else lasting
+    ending = {} if fsdp else lasting
     return (
         Moment("load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, table))),
+        now("forward", "gathering the root", fetched, {"gradients": gradients.at_loss}),
         now("forward", "the head", forward, at_loss, {"logits": held.logits}),
         now("forward", "the loss", outside, at_loss, {"logits": held.loss_forward}),
         now("backward", "the gradient of the loss", waiting, at_loss, {"logits": held.loss_backward}),
+        now("backward", "gathering the root again", again, at_loss, {"logits": held.logits}),
         now("backward", "the gradient of the head", lasting, at_start, {"activations": held.head, "logits": held.logits}),
         now("backward", "the last block", lasting, at_start, inside),
-        now("backward", "the first block", lasting, at_end, inside, one),
-        now("backward", "the reduction of the last gradients", lasting, at_end, gradients.shared),
+        now("backward", "the first block", at_first, at_end, inside, one),
+        now("backward", "the gradient of the embedding", ending, at_end, _whole_gradient(spec, table)),
+        now("backward", "the reduction of the last gradients", ending, at_end, gradients.shared),
+        now("step", "the norm of the gradients", at_norm, _norm_lines(spec, layout, table)),
         now("step", "the update", _moving(layout, "step", Home.GPU), _step_lines(spec, layout)),
         now("save", "the export", _save_lines(spec, table)),
     )
