@@ -78,6 +78,9 @@ class Event:
         return 0.0
 
 
+CardStream = Stream
+
+
 class Card:
     """What torch and the libraries ask of a device module; registered as `torch.card`."""
 
@@ -109,13 +112,13 @@ class Card:
     def synchronize(self, device: object = None) -> None:
         """Nothing is ever pending."""
 
-    def current_stream(self, device: object = None) -> Stream:
+    def current_stream(self, device: object = None) -> CardStream:
         return self.streams[-1]
 
-    def default_stream(self, device: object = None) -> Stream:
+    def default_stream(self, device: object = None) -> CardStream:
         return self.streams[0]
 
-    def stream(self, stream: Stream | None) -> contextlib.AbstractContextManager[object]:
+    def stream(self, stream: CardStream | None) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if stream is None else stream
 
     @contextlib.contextmanager

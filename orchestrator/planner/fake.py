@@ -60,7 +60,7 @@ def _answer_for_values() -> None:
     # Optimizers and gradient clipping take the fused path of plain tensors for fake ones too, as they do in the real run.
     _foreach_supported_types.append(FakeTensor)
     # Module._apply swaps fake parameters in place, which a weak reference forbids; nothing here keeps one across the swap.
-    torch.utils.weakref = types.SimpleNamespace(getweakrefs=lambda _: ())  # type: ignore[attr-defined]
+    torch.utils.weakref = types.SimpleNamespace(getweakrefs=lambda _: ())  # type: ignore[attr-defined, assignment]
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,12 +132,10 @@ def with_chunk(trace: Trace) -> Trace:
         return trace
     held = min(sum(pieces), max(SAVED_AT_ONCE, *pieces))
     number, note = max(trace.block) + 1, Note("checkpoint chunk", len(trace.segments) - 1, home="cpu")
-    extended = [column[:] for column in (trace.block, trace.size, trace.note)]
-    for column, value in zip(extended, (number, held, len(trace.notes)), strict=True):
-        column.append(value)
-    for column, value in zip(extended, (-number, held, len(trace.notes)), strict=True):
-        column.append(value)
-    return Trace(trace.segments, (*trace.notes, note), *extended, trace.lines)
+    block = trace.block + array("q", (number, -number))
+    size = trace.size + array("q", (held, held))
+    index = trace.note + array("q", (len(trace.notes), len(trace.notes)))
+    return Trace(trace.segments, (*trace.notes, note), block, size, index, trace.lines)
 
 
 FEW = 4

@@ -40,7 +40,7 @@ class Living(NamedTuple):
     phase: str
     op: str
     bytes: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing needs here
 
 
 def _pack(column: array[int]) -> str:
@@ -117,11 +117,11 @@ class Trace:
     def living(self, position: int, home: str | None = "gpu") -> tuple[Living, ...]:
         """What was alive right after event number `position`, largest first."""
         alive: dict[int, tuple[int, int]] = {}
-        for block, size, note in zip(
+        for block, size, index in zip(
             self.block[: position + 1], self.size[: position + 1], self.note[: position + 1], strict=True
         ):
             if block > 0:
-                alive[block] = (size, note)
+                alive[block] = (size, index)
             else:
                 alive.pop(-block, None)
         sizes: Counter[tuple[str, str, str]] = Counter()
