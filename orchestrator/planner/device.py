@@ -14,8 +14,8 @@ CPU = "cpu"
 """`Card.name` of a rank without an accelerator."""
 
 CONTEXT_BYTES = 426 * MIB
-"""CUDA context and loaded kernels of one process: 426 MiB with torch 2.10 and CUDA 13, 287 to 667 MB elsewhere (shared
-FACTS, section 1). It grows with the kernels that are loaded, so it is the figure most worth measuring on a new driver."""
+"""CUDA context and loaded kernels of one process: 426 MiB with torch 2.10 and CUDA 13, 287 to 667 MB elsewhere (collected
+2026-11-21). It grows with the kernels that are loaded, so it is the figure most worth measuring on a new driver."""
 
 CHANNEL_BYTES = 4 * MIB
 """NCCL's buffer of one channel: NCCL_BUFFSIZE, default 4 MiB (NCCL user guide, environment variables)."""

@@ -16,7 +16,7 @@ LAYOUT, REHEARSAL = "layout", "rehearsal"
 
 MARGIN = {LAYOUT: 0.05, REHEARSAL: 0.01}
 """Share of the card that a prediction must leave free to be called safe, by its basis: the careful closed form erred by 5 %
-in the median over 23 traced configurations (shared FACTS, section 1), the rehearsal by less than 1 %."""
+in the median over 23 traced configurations (docs/planning.md), the rehearsal by less than 1 %."""
 
 FITS, TIGHT, SHORT = "fits", "tight", "short"
 

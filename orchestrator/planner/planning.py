@@ -25,7 +25,7 @@ BASES = (AUTO, LAYOUT, REHEARSAL)
 """What a plan may rest on; "auto" rehearses where the Layout's answer could be wrong."""
 
 DOUBT = 0.12
-"""The closed form's largest error over 23 traced configurations (shared FACTS, section 1): nearer to the limit than this, a
+"""The closed form's largest error over 23 traced configurations (docs/planning.md): nearer to the limit than this, a
 rehearsal decides."""
 
 ASKED = 600.0

@@ -56,3 +56,21 @@ def test_fit_says_how_far_it_goes_or_what_would_help(tmp_path):
     assert short.returncode == 3 and "Nothing fits as asked" in short.stdout and "->" in short.stdout
     data = json.loads(call("fit.py", *LORA, "zero=stage3", "format=json", cwd=tmp_path).stdout)
     assert data["ladder"][0]["micro"] == 1
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_built(tmp_path):
+    done = call("train.py", "model=llama3_70b", "model.path=random", "run.steps=1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "") and "of memory for each rank" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_leaves_its_plan_and_shows_its_error(tmp_path):
+    small = ["model.hidden_size=32", "model.head_dim=8", "model.intermediate_size=64", "model.num_hidden_layers=2"]
+    done = call("train.py", *small, "batch.global_size=8", "data.seq_len=64", "run.steps=2", "run.dir=one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plan     ") and "Peak, predicted (from the layout) and measured" in done.stdout
+    plan = json.loads((tmp_path / "one" / "plan.json").read_text())
+    assert plan["basis"] == "layout" and plan["card"] == "cpu"
+    again = call("compare.py", "runs=one", "out=here", cwd=tmp_path)
+    assert again.returncode == 0 and "rank 0" in again.stdout and (tmp_path / "here" / "runs.png").exists()
