@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if importlib.util.find_spec("orchestrator") is None:
 
 from orchestrator.config import compose
 from orchestrator.planner.plan import LAYOUT, REHEARSAL
+from orchestrator.planner.planning import WORKERS
 from orchestrator.planner.published import FITS, QUALITIES, Score, score
 from orchestrator.planner.rehearsal import RehearsalError
 from orchestrator.report.progress import progress
@@ -43,12 +45,15 @@ def scores(rows: Sequence[Mapping[str, str]], basis: str) -> tuple[list[Score], 
     base = compose(["model=tiny"])
     made: list[Score] = []
     left: list[tuple[str, str]] = []
-    with progress("score") as advance:
-        for done, row in enumerate(rows, start=1):
-            try:
-                found = score(row, base, basis)
-            except RehearsalError as error:
-                found = f"the rehearsal failed: {str(error).splitlines()[-1]}"
+
+    def one(row: Mapping[str, str]) -> Score | str:
+        try:
+            return score(row, base, basis)
+        except RehearsalError as error:
+            return f"the rehearsal failed: {str(error).splitlines()[-1]}"
+
+    with progress("score") as advance, ThreadPoolExecutor(WORKERS if basis == REHEARSAL else 1) as pool:
+        for done, (row, found) in enumerate(zip(rows, pool.map(one, rows), strict=True), start=1):
             if isinstance(found, Score):
                 made.append(found)
             else:
