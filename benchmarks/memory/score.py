@@ -1,4 +1,4 @@
-"""Hold predictions against published measurements: `python benchmarks/memory/score.py FILE.csv [--json] [--basis rehearsal]`.
+"""Hold predictions against published measurements: `python benchmarks/memory/score.py FILE.csv [--json] [--basis layout]`.
 
 Predicts every row of quality A or B that a run of this project can express, says which it cannot and why, and prints the
 median, ninth decile and worst error by source."""
@@ -21,8 +21,8 @@ if importlib.util.find_spec("orchestrator") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestrator.config import compose
-from orchestrator.planner.plan import LAYOUT, REHEARSAL
-from orchestrator.planner.planning import WORKERS
+from orchestrator.planner.plan import LAYOUT
+from orchestrator.planner.planning import AUTO, BASES, WORKERS
 from orchestrator.planner.published import FITS, QUALITIES, Score, score
 from orchestrator.planner.rehearsal import RehearsalError
 from orchestrator.report.progress import progress
@@ -52,7 +52,7 @@ def scores(rows: Sequence[Mapping[str, str]], basis: str) -> tuple[list[Score], 
         except RehearsalError as error:
             return f"the rehearsal failed: {str(error).splitlines()[-1]}"
 
-    with progress("score") as advance, ThreadPoolExecutor(WORKERS if basis == REHEARSAL else 1) as pool:
+    with progress("score") as advance, ThreadPoolExecutor(WORKERS if basis != LAYOUT else 1) as pool:
         for done, (row, found) in enumerate(zip(rows, pool.map(one, rows), strict=True), start=1):
             if isinstance(found, Score):
                 made.append(found)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a CSV with the columns of published_memory.csv")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--basis", choices=(LAYOUT, REHEARSAL), default=LAYOUT, help="what predictions rest on")
+    parser.add_argument("--basis", choices=BASES, default=AUTO, help="what predictions rest on; auto: rehearse reserved memory")
     parser.add_argument("--rows", default="", help="only rows whose id begins so")
     arguments = parser.parse_args(argv)
     rows = [row for row in read(arguments.file) if row["id"].startswith(arguments.rows)]

@@ -14,7 +14,8 @@ from orchestrator.spec import Parameter, RunSpec
 from orchestrator.units import format_bytes
 
 ALIKE = 0.01
-"""Strategies within this share of the fastest count as equally fast; the one that needs least memory is taken."""
+"""Strategies within this share of the fastest count as equally fast; of those without offload, where there are some, the one
+that needs least memory is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +67,5 @@ def choose(spec: RunSpec) -> Choice:
     speed = {candidate.words: slowness(plan, candidate.spec, table) for candidate, plan in safe}
     fastest = min(speed.values())
     alike = [pair for pair in safe if speed[pair[0].words] <= fastest * (1 + ALIKE)]
-    candidate, plan = min(alike, key=lambda pair: pair[1].memory.used)
+    candidate, plan = min(alike, key=lambda pair: (pair[1].offloads, pair[1].memory.used))
     return Choice(candidate, plan, _reason(candidate.words, plan, len([p for _, p in plans if p.fits]), len(plans)))

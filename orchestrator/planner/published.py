@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from orchestrator.planner.activations import FP32, LossCode, activations
 from orchestrator.planner.device import WORKSPACE_BYTES
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, Plan
+from orchestrator.planner.planning import AUTO
 from orchestrator.planner.predict import by_layout, predict, shape_for, table_for
 from orchestrator.spec import (
     LINEARS,
@@ -230,15 +231,17 @@ def _after_forward(spec: RunSpec, plan: Plan) -> int:
 
 
 def score(row: Mapping[str, str], base: RunSpec, basis: str = LAYOUT) -> Score | str:
-    """The prediction for one row beside its measurement, or why the project cannot make one.
+    """The prediction for one row beside its measurement, or why the project cannot make one. Under basis "auto" the rows whose
+    meter is what torch reserved are rehearsed: only a trace knows more of that than what is alive.
 
     Raises:
-        RehearsalError: basis "rehearsal" was asked for and failed.
+        RehearsalError: the row was to be rehearsed, and that failed.
     """
     run = express(row, base)
     if isinstance(run, str):
         return run
-    plan = predict(run.spec, basis) if basis == REHEARSAL else by_layout(run.spec, loss=TRANSFORMERS)
+    rehearsed = basis == REHEARSAL or (basis == AUTO and run.meter == RESERVED)
+    plan = predict(run.spec, REHEARSAL) if rehearsed else by_layout(run.spec, loss=TRANSFORMERS)
     name = row["id"]
     if run.meter == FITS:
         return Score(name, FITS, plan.memory.used, run.measured, plan.basis, plan.fits == run.fitted)
