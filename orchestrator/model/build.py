@@ -58,7 +58,9 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
     model.tie_weights()
     model.config.use_cache = False
     if spec.recompute == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The newer name where transformers has it, as the older one is deprecated there.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if spec.tuning.kind == "lora":
         model = _with_adapters(model, spec)
     return model  # type: ignore[no-any-return]
