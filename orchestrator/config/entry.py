@@ -157,6 +157,11 @@ def run_app(
     `report` tells a person of an error and returns its exit code.
     """
     try:
-        return _dispatch(task, without_local_rank(sys.argv[1:] if argv is None else argv), program, conf_dir)
+        code = _dispatch(task, without_local_rank(sys.argv[1:] if argv is None else argv), program, conf_dir)
+        sys.stdout.flush()
     except OrchestratorError as error:
         return report(error)
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

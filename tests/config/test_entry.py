@@ -167,3 +167,9 @@ def test_an_error_of_one_rank_names_it(monkeypatch, capsys):
 def test_sweep_refuses_what_it_cannot_read():
     with pytest.raises(ConfigError):
         sweep(["a"])
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = f"{sys.executable} launch/train.py --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines()[-1] == "0" and "Traceback" not in ended.stderr
