@@ -7,7 +7,7 @@ CHECK  := $(VENV)/.ready-check
 RANKS  ?= 2
 export HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test check bench sweep gpu-wheels clean
+.PHONY: demo test check bench sweep oracle gpu-wheels clean
 
 # The main job on the built-in sample: ZeRO-3 with CPU offload on two ranks, on GPUs where there are some.
 demo: $(READY)
@@ -45,6 +45,11 @@ $(READY): pyproject.toml constraints.txt
 $(CHECK): $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[check]'
 	touch $@
+
+# Ask the real allocator library again; WHEELS is the folder of CUDA wheels that the script's docstring names.
+WHEELS ?= build/cuda-wheels
+oracle: $(READY)
+	$(BIN)/python benchmarks/memory/oracle.py $(WHEELS)
 
 # What a bare GPU image lacks (benchmarks/gpu/bare.sh installs it there): DeepSpeed without ops, and small pure packages.
 GPU_PYTHON ?= 3.12
