@@ -24,9 +24,10 @@ def free_port() -> int:
 
 def run_ranks(script: Path, arguments: Sequence[str], ranks: int, timeout: float) -> list[tuple[int, str]]:
     """(exit code, everything it printed) of each rank; on a time-out every rank is killed (code -9)."""
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests", script.parent))
     shared = {
         **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{script.parent}",
+        "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths,
     }  # fmt: skip
     with contextlib.ExitStack() as files:
         # Files, not pipes: a rank that waits for its full pipe to be read would hang the others.

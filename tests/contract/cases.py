@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import torch
+from strategies import strategies
 
 from orchestrator import spec as s
 from orchestrator.data.batch import IGNORED, MicroBatch
@@ -20,8 +21,6 @@ GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
 SHORT_STEP = 2
 """In this step only three samples are real: whole micro-batches of some ranks learn nothing."""
 
-BUCKETS = s.Buckets(reduce=20_000, allgather=20_000, prefetch=10_000, persistence=100, max_live=50_000, max_reuse=50_000)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -34,26 +33,6 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.strategy}-{self.tuning}-{self.compute}-x{self.accumulation}{'-tied' if self.tied else ''}"
-
-
-def strategies(ranks: int) -> dict[str, s.Strategy]:
-    """Every strategy that exists on `ranks` ranks."""
-    cpu = s.Home.CPU
-    found: dict[str, s.Strategy] = {}
-    for stage, shard in s.ZERO_STAGES.items():
-        zero = s.Strategy(s.Engine.DEEPSPEED, shard, dp_shard=ranks, buckets=BUCKETS)
-        found[f"zero{stage}"] = zero
-        if stage:
-            found[f"zero{stage}_optimizer"] = replace(zero, optimizer_home=cpu)
-        if stage == 3:
-            found["zero3_cpu"] = replace(zero, optimizer_home=cpu, parameter_home=cpu)
-    fsdp = s.Strategy(s.Engine.FSDP, s.Shard.PARAMETERS, dp_shard=ranks)
-    found["full_shard"] = fsdp
-    found["full_shard_cpu"] = replace(fsdp, optimizer_home=cpu, parameter_home=cpu)
-    found["shard_grad_op"] = replace(fsdp, reshard_after_forward=False)
-    if ranks > 1:
-        found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
-    return found
 
 
 def all_cases(ranks: int) -> list[Case]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import GLOBAL_SIZE, STEPS, Case, all_cases, deal, labelled, run_spec, strategies
+from cases import GLOBAL_SIZE, STEPS, Case, all_cases, deal, labelled, run_spec
+from strategies import strategies
 
 from orchestrator import engine as engines
 from orchestrator import model as models

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.cases import Case, all_cases, run_spec, strategies
+from contract.cases import Case, all_cases, run_spec
+from strategies import strategies
 
 from orchestrator.errors import LayoutDrift
 from orchestrator.layout import (

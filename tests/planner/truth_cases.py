@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import strategies as sharded
 
 from orchestrator import spec as s
 
@@ -12,8 +14,6 @@ SHAPE = s.ModelShape(
     num_key_value_heads=2, head_dim=12, max_position_embeddings=64, tie_word_embeddings=False,
 )  # fmt: skip
 """257 and 48 do not divide evenly by 4 ranks, so every padding rule has its share of the memory."""
-
-BUCKETS = s.Buckets(reduce=20_000, allgather=20_000, prefetch=10_000, persistence=100, max_live=50_000, max_reuse=50_000)
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,7 @@ class Case:
 
 def strategies(ranks: int) -> dict[str, s.Strategy]:
     """Every strategy on `ranks` ranks; on one, the plain engine."""
-    if ranks == 1:
-        return {"plain": s.Strategy(s.Engine.PLAIN, s.Shard.NONE)}
-    cpu = s.Home.CPU
-    found: dict[str, s.Strategy] = {}
-    for stage, shard in s.ZERO_STAGES.items():
-        zero = s.Strategy(s.Engine.DEEPSPEED, shard, dp_shard=ranks, buckets=BUCKETS)
-        found[f"zero{stage}"] = zero
-        if stage:
-            found[f"zero{stage}_optimizer"] = replace(zero, optimizer_home=cpu)
-        if stage == 3:
-            found["zero3_cpu"] = replace(zero, optimizer_home=cpu, parameter_home=cpu)
-    fsdp = s.Strategy(s.Engine.FSDP, s.Shard.PARAMETERS, dp_shard=ranks)
-    found["full_shard"] = fsdp
-    found["full_shard_cpu"] = replace(fsdp, optimizer_home=cpu, parameter_home=cpu)
-    found["shard_grad_op"] = replace(fsdp, reshard_after_forward=False)
-    found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
-    return found
+    return sharded.strategies(ranks) if ranks > 1 else {"plain": s.Strategy(s.Engine.PLAIN, s.Shard.NONE)}
 
 
 def all_cases(ranks: int) -> list[Case]:
