@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.spec import Card, Cluster
+from orchestrator.spec import Card, Cluster, Engine
 from orchestrator.units import GIB, MIB
 
 CPU = "cpu"
@@ -31,8 +31,10 @@ capability 9.0 on, 8.125 MiB before."""
 HOST_PROCESS_BYTES = 900 * MIB
 """Resident memory of one rank before any tensor: interpreter, torch with its CUDA libraries, transformers, DeepSpeed."""
 
-CPU_PROCESS_BYTES = 350 * MIB
-"""The same with torch's CPU build: 350 MiB resident after all imports (measured: torch 2.13, transformers 5.23, peft 0.21)."""
+CPU_PROCESS_BYTES = {Engine.PLAIN: 440 * MIB, Engine.FSDP: 455 * MIB, Engine.DEEPSPEED: 520 * MIB}
+"""The same with torch's CPU build, by engine: resident memory of a rank of `launch/train.py` at its first step, less its
+tensors (measured: Python 3.11, torch 2.13, deepspeed 0.19.8, transformers 5.23, peft 0.21; a run that still compiles the
+libraries' bytecode holds some 100 MiB more)."""
 
 SAVED_AT_ONCE = GIB
 """Bytes that a checkpoint gathers in host memory before it writes them (train/checkpoint.py)."""
@@ -106,9 +108,9 @@ def overhead(cluster: Cluster, ranks: int) -> Overhead:
     return Overhead(CONTEXT_BYTES, communication, WORKSPACE_BYTES["hopper" if row.hopper else "earlier"])
 
 
-def process_bytes(cluster: Cluster) -> int:
+def process_bytes(cluster: Cluster, engine: Engine) -> int:
     """Host memory of one rank before any tensor."""
-    return CPU_PROCESS_BYTES if cluster.card.name == CPU else HOST_PROCESS_BYTES
+    return CPU_PROCESS_BYTES[engine] if cluster.card.name == CPU else HOST_PROCESS_BYTES
 
 
 def host_share(cluster: Cluster) -> int:

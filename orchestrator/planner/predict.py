@@ -86,7 +86,7 @@ def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -
     trained = sum(p.numel for p in table if p.trainable)
     sharded = spec.strategy.dp_shard if spec.strategy.shard is not Shard.NONE else 1
     saved = min(device.SAVED_AT_ONCE, 3 * 4 * trained // sharded)  # master and moments, gathered to be written
-    need = device.process_bytes(spec.cluster) + sum(lines.values()) + _pinned(spec, table, lines) + saved
+    need = device.process_bytes(spec.cluster, spec.strategy.engine) + sum(lines.values()) + _pinned(spec, table, lines) + saved
     return Room(need, device.host_share(spec.cluster))
 
 
@@ -109,7 +109,7 @@ def _card(spec: RunSpec, allocated: int, reserved: int) -> CardUse:
     """The card in sum. On a machine without cards its share of the host memory is the card, and the process the context."""
     limit = spec.cluster.card.memory_bytes
     if spec.cluster.card.name == device.CPU:
-        return CardUse(allocated, allocated, device.process_bytes(spec.cluster), 0, limit)
+        return CardUse(allocated, allocated, device.process_bytes(spec.cluster, spec.strategy.engine), 0, limit)
     over = device.overhead(spec.cluster, spec.strategy.ranks)
     return CardUse(allocated, reserved, over.context, over.communication, limit)
 
@@ -225,7 +225,7 @@ def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: 
         memory = _card(spec, replayed.allocated + over.workspace, replayed.reserved + over.workspace)
         notes = replayed.notes
         lines = {row.line: row.bytes for row in layout.at("step") if row.home is Home.CPU}
-        need = device.process_bytes(spec.cluster) + offloaded + _pinned(spec, table, lines)
+        need = device.process_bytes(spec.cluster, spec.strategy.engine) + offloaded + _pinned(spec, table, lines)
         host = Room(need, device.host_share(spec.cluster))
     peak = Peak(result.peak_phase, f"{result.basis} trace", _largest_first(alive))
     nvme = Room(layout.rest_bytes(Home.NVME), 0)
