@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -62,12 +63,12 @@ def report_error(error: OrchestratorError) -> int:
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """Hydra's own reading of `argv`, flags allowed anywhere among the overrides."""
-    parser = get_args_parser()
+    parser: Any = get_args_parser()
 
     def refuse(message: str) -> None:
         raise ConfigError(Fault("command line", message, "--help lists what can be typed"))
 
-    parser.error = refuse  # type: ignore[method-assign, assignment]
+    parser.error = refuse
     arguments: argparse.Namespace = parser.parse_intermixed_args(list(argv))
     for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
         if getattr(arguments, flag) is not None:

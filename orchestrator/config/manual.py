@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from orchestrator.config.catalog import CONF_DIR, Choice, Key, groups, keys
 from orchestrator.config.shapes import DIMENSIONS

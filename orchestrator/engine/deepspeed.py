@@ -39,7 +39,8 @@ def _import_deepspeed(on_cpu: bool) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if on_cpu:
         # `deepspeed.comm.torch` as an attribute is torch itself (a star import), so go through sys.modules.
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        backend: Any = sys.modules["deepspeed.comm.torch"]
+        backend.build_shm_op = lambda: None
     return deepspeed
 
 
@@ -47,12 +48,12 @@ def _partitioner(deepspeed: Any, config: dict[str, Any], dtype: torch.dtype) -> 
     """`zero.Init` without its broadcast of every whole parameter from rank 0: the values are filled in later, part by part,
     so sending them would move the whole model for nothing and touch memory that no rank keeps."""
 
-    class Partitioner(deepspeed.zero.Init):  # type: ignore[misc, name-defined]
-        def _zero_init_param(self, parameter: Any) -> None:
-            self._convert_to_deepspeed_param(parameter)
-            parameter.partition()
+    def keep_own_part(init: Any, parameter: Any) -> None:
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
 
-    context: AbstractContextManager[object] = Partitioner(config_dict_or_path=config, dtype=dtype)
+    partitioner: Any = type("Partitioner", (deepspeed.zero.Init,), {"_zero_init_param": keep_own_part})
+    context: AbstractContextManager[object] = partitioner(config_dict_or_path=config, dtype=dtype)
     return context
 
 
@@ -63,7 +64,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     yield
     for module, name, buffer in kept:
         if buffer is not None and buffer.is_floating_point():
-            module._buffers[name] = buffer.to(module._buffers[name].device)  # type: ignore[union-attr]
+            module._buffers[name] = buffer.to(module.get_buffer(name).device)
 
 
 class DeepSpeedEngine:

@@ -14,8 +14,8 @@ import torch
 def agree_with_peers() -> None:
     """Let ZeRO-3's checks that every rank walks the modules in the same order (runtime/zero/utils.py) hear this rank's own list
     as rank 0's. The tensors of the exchange are still made. For the rest of the process; deepspeed must be imported."""
-    zero = sys.modules["deepspeed.runtime.zero.utils"]
-    exchange, compare = zero.get_lst_from_rank0, zero.assert_lst_len_same_as_other_ranks  # type: ignore[attr-defined]
+    zero: Any = sys.modules["deepspeed.runtime.zero.utils"]
+    exchange, compare = zero.get_lst_from_rank0, zero.assert_lst_len_same_as_other_ranks
 
     def own(values: list[int]) -> list[int]:
         exchange(values)
@@ -25,8 +25,8 @@ def agree_with_peers() -> None:
         with contextlib.suppress(RuntimeError):  # the length that comes back was never sent
             compare(values)
 
-    zero.get_lst_from_rank0 = own  # type: ignore[attr-defined]
-    zero.assert_lst_len_same_as_other_ranks = same_length  # type: ignore[attr-defined]
+    zero.get_lst_from_rank0 = own
+    zero.assert_lst_len_same_as_other_ranks = same_length
 
 
 @lru_cache(maxsize=1)

@@ -63,7 +63,7 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
         enable({"use_reentrant": False})
     if spec.tuning.kind == "lora":
         model = _with_adapters(model, spec)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _with_adapters(model: Any, spec: RunSpec) -> Any:

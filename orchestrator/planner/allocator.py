@@ -229,10 +229,11 @@ class CachingAllocator:
         """The free or unmapped block from which `size` bytes of addresses follow that are free or unmapped."""
         for _, unmapped in pool.unmapped:
             first = unmapped.previous if unmapped.previous is not None and unmapped.previous.free else unmapped
-            room, block = 0, first
+            room = 0
+            block: _Block | None = first
             while block is not None and not block.allocated and room < size:
                 room += block.size
-                block = block.next  # type: ignore[assignment]
+                block = block.next
             if room >= size:
                 return first
         length = ADDRESS_RANGE if self.card is None else align_up(self.card + self.card // 8, pool.step)

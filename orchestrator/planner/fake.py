@@ -60,23 +60,25 @@ def _answer_for_values() -> None:
     # Optimizers and gradient clipping take the fused path of plain tensors for fake ones too, as they do in the real run.
     _foreach_supported_types.append(FakeTensor)
     # Module._apply swaps fake parameters in place, which a weak reference forbids; nothing here keeps one across the swap.
-    torch.utils.weakref = types.SimpleNamespace(getweakrefs=lambda _: ())  # type: ignore[attr-defined, assignment]
+    tools: Any = torch.utils
+    tools.weakref = types.SimpleNamespace(getweakrefs=lambda _: ())
 
 
 @lru_cache(maxsize=1)
 def _answer_transformers() -> None:
     """transformers takes fake tensors for a compiler's and then builds masks that a real run on one document skips."""
-    import transformers.masking_utils as masking
+    import transformers.masking_utils
     import transformers.utils.import_utils as inspection
 
     inspection.is_fake_tensor = lambda tensor: False
+    masking: Any = transformers.masking_utils
     look = masking.find_packed_sequence_indices
 
     def one_document(position_ids: torch.Tensor) -> None:
         look(position_ids)  # its temporaries are part of the run
         return
 
-    masking.find_packed_sequence_indices = one_document  # type: ignore[assignment]
+    masking.find_packed_sequence_indices = one_document
 
 
 def pretend(module: nn.Module, device: torch.device) -> None:
@@ -97,7 +99,8 @@ def pretend(module: nn.Module, device: torch.device) -> None:
         return replaced[id(tensor)]
 
     for child in module.modules():
-        for held in (child._parameters, child._buffers):
+        places: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+        for held in places:
             for name, tensor in held.items():
                 if tensor is not None:
-                    held[name] = fake(tensor)  # type: ignore[assignment]
+                    held[name] = fake(tensor)

@@ -175,7 +175,7 @@ class Plan:
             "device_used": self.memory.used,
             "step_seconds": self.seconds,
         }
-        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(plain))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:

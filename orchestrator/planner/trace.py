@@ -34,13 +34,13 @@ class Event(NamedTuple):
 
 
 class Living(NamedTuple):
-    """`count` blocks of together `bytes` that were alive at a peak: made by `op` in `phase`, under `line` of the Ledger."""
+    """`blocks` blocks of together `bytes` that were alive at a peak: made by `op` in `phase`, under `line` of the Ledger."""
 
     line: str
     phase: str
     op: str
     bytes: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing needs here
+    blocks: int
 
 
 def _pack(column: array[int]) -> str:

@@ -208,7 +208,8 @@ _PROPAGATING: list[None] = []
 
 def _listen_to_resize() -> None:
     """FSDP2 frees and regains gathered weights by resizing their storage, which is not an operation."""
-    resize = torch.UntypedStorage.resize_
+    storages: Any = torch.UntypedStorage
+    resize = storages.resize_
 
     def resize_(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
@@ -218,13 +219,14 @@ def _listen_to_resize() -> None:
                 tracer._resized(seen, storage.nbytes())
         return result
 
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
+    storages.resize_ = resize_
 
 
 def _ignore_shape_propagation() -> None:
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+    propagator: Any = ShardingPropagator
+    propagate = propagator._propagate_tensor_meta_non_cached
 
     def quietly(*args: Any, **kwargs: Any) -> Any:
         _PROPAGATING.append(None)
@@ -233,7 +235,7 @@ def _ignore_shape_propagation() -> None:
         finally:
             _PROPAGATING.pop()
 
-    ShardingPropagator._propagate_tensor_meta_non_cached = quietly  # type: ignore[method-assign]
+    propagator._propagate_tensor_meta_non_cached = quietly
 
 
 _listen_to_resize()

@@ -56,7 +56,7 @@ def _model_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[str,
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
     )
-    return model.state_dict().items()  # type: ignore[no-any-return]
+    return model.state_dict().items()
 
 
 def _adapter_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[str, torch.Tensor]]:

@@ -77,7 +77,7 @@ class World:
             raise error_class(faults)
         if kind == "failed":
             raise PeerFailure(f"rank 0 failed: {value}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def agree(self, failure: str | None) -> list[str]:
         """The failures of all ranks, prefixed with their rank, on every rank; empty when every rank gave None."""
@@ -136,7 +136,8 @@ def join(card: str = "") -> World:
         _share_cores(local_size)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
+        stores: Any = dist  # torch does not export HashStore to type checkers
+        store = stores.HashStore() if alone else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return World(rank, size, local_rank, local_size, device, control)

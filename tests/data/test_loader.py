@@ -188,5 +188,5 @@ def test_breaking_off_ends_the_thread(sample: Prepared) -> None:
     stream = steps(sample, Batch(16, 16, 1), seed=0, rank=0, ranks=1, pad_id=PAD, total_steps=100)
     assert next(stream).step == 0
     assert threading.active_count() == before + 1
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert threading.active_count() == before

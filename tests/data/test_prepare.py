@@ -237,7 +237,7 @@ def test_bad_rows_are_reported_together_with_their_lines(prepared_file: Prepare,
     rows = [row() for _ in range(40)]
     for place in (2, 4, 6, 8, 10, 12, 14):
         rows[place] = {"instruction": "x"}
-    rows[20] = "{broken"  # type: ignore[call-overload]
+    rows[20] = "{broken"
     rows[30] = row(answer="")
     path = write_rows(rows)
     text = refused(prepared_file, path)

@@ -45,7 +45,7 @@ def test_peaks_count_what_a_phase_finds_and_what_it_makes() -> None:
 def test_what_was_alive_at_the_peak() -> None:
     trace = small_trace()
     alive = trace.living(trace.peak_position())
-    assert [(a.line, a.phase, a.bytes, a.count) for a in alive] == [
+    assert [(a.line, a.phase, a.bytes, a.blocks) for a in alive] == [
         ("weights", "load", 64_000, 1),
         ("activations", "forward", 40_000, 1),
     ]
