@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.planner.plan import Plan
 from orchestrator.report.plans import columns_that_differ
 from orchestrator.units import GIB
+
+if TYPE_CHECKING:  # drawing is imported when something is drawn
+    from matplotlib.figure import Figure
 
 MOST = 48
 """Bars in one picture; the first ones of the ranking."""
@@ -98,6 +102,15 @@ def draw(plans: Sequence[Plan], title: str, path: Path) -> Path:
     axes.set_title(f"{title}{cut}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(8, len(lines)), fontsize=8, frameon=False)
+    return write(figure, path)
+
+
+def write(figure: Figure, path: Path) -> Path:
+    """`path`, with the picture in it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)

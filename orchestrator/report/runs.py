@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table
 
-from orchestrator.errors import ConfigError, Fault
+from orchestrator.report.plan_picture import write
 from orchestrator.report.record import Record
 from orchestrator.report.tables import drift
 from orchestrator.units import GIB, format_bytes, format_seconds
@@ -88,11 +88,4 @@ def draw(records: Sequence[Record], path: Path) -> Path:
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlabel("GiB; black line: the limit" if shown else "GiB")
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise ConfigError(
-            Fault("out", f"{path} cannot be written: {error.strerror}", "name another folder: out=plans")
-        ) from None
-    return path
+    return write(figure, path)
