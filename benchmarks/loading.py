@@ -99,6 +99,8 @@ def measure(way: str, folder: Path, output: Path) -> None:
     if dist.get_rank() == 0:
         output.write_text(json.dumps(everyone))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's own teardown may end a process whose gloo threads still run; what was measured is written
 
 
 def _peer(way: str, folder: Path, ranks: int) -> int:

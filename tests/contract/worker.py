@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import traceback
 from dataclasses import replace
@@ -155,6 +156,8 @@ def main(output: Path, only: str) -> None:
         if rank == 0:
             output.write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's own teardown may end a process whose gloo threads still run; what was measured is written
 
 
 if __name__ == "__main__":

@@ -49,5 +49,4 @@ def main(kind: str, ranks: int, folder: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
     sys.stdout.flush()
-    if sys.argv[1] == "rehearsed":
-        os._exit(0)  # fake tensors do not survive the interpreter's clean-up
+    os._exit(0)  # neither fake tensors nor gloo's threads always survive the interpreter's clean-up; the traces are written
