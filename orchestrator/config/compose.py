@@ -135,6 +135,7 @@ def _data(conf: DataConf, seq_len: int) -> spec.Data:
         on_malformed=conf.on_malformed.value,
         on_long=conf.on_long.value,
         cache_dir=_home(conf.cache_dir),
+        packing=conf.packing.value,
     )
 
 

@@ -55,6 +55,11 @@ class OnLong(Enum):
     drop = "drop"
 
 
+class Packing(Enum):
+    none = "none"
+    best_fit = "best_fit"
+
+
 class OptimizerName(Enum):
     adamw = "adamw"
 
@@ -185,6 +190,11 @@ class DataConf:
     chat_template: str | None = key(None, "chatml, alpaca or a Jinja file; null: the tokenizer's own")
     eval_fraction: float = key(0.0, "share of the samples held out for eval, chosen by seed")
     on_malformed: OnMalformed = key(OnMalformed.refuse, "what to do with rows that lack fields")
+    packing: Packing = key(
+        Packing.none,
+        "best_fit: several samples, blind to each other, in each row of seq_len; batch.global_size and batch.micro then "
+        "count rows, not samples",
+    )
     on_long: OnLong = key(OnLong.truncate, "what to do with samples longer than seq_len")
     cache_dir: str | None = key(None, "folder for tokenised data; null: the user's cache folder")
 

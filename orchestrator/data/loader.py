@@ -13,6 +13,7 @@ import torch
 from orchestrator.data.batch import IGNORED, MicroBatch, StepBatch
 from orchestrator.data.order import check_batch, deal, global_batches
 from orchestrator.data.prepared import Counts, Prepared
+from orchestrator.data.rows import Rows, rows_of
 from orchestrator.errors import DataError, Fault
 from orchestrator.spec import Batch
 from orchestrator.units import ceil_div
@@ -49,47 +50,57 @@ def steps(
         DataError: a global batch has no learned token.
     """
     check_batch(batch, rank, ranks)
-    indices = prepared.train if split == "train" else prepared.eval
+    rows = rows_of(prepared, split)
+    everything = np.arange(len(rows))
 
     def made() -> Iterator[StepBatch]:
-        numbered = global_batches(indices, batch.global_size, seed=seed, start_step=start_step, total_steps=total_steps)
-        for step, epoch, samples in numbered:
-            labelled = int(prepared.labelled[samples].sum())
+        numbered = global_batches(everything, batch.global_size, seed=seed, start_step=start_step, total_steps=total_steps)
+        for step, epoch, chosen in numbered:
+            labelled = int(rows.labelled[chosen].sum())
             if not labelled:
-                raise _nothing_to_learn(step, samples)
-            groups = deal(
-                samples, prepared.lengths, micro=batch.micro, rank=rank, ranks=ranks, micro_batches=batch.accumulation
-            )
-            micro_batches = tuple(collate(prepared, group, batch.micro, pad_id) for group in groups)
-            yield StepBatch(step, epoch, micro_batches, labelled, int(prepared.lengths[samples].sum()))
+                raise _nothing_to_learn(step, rows, chosen)
+            groups = deal(chosen, rows.lengths, micro=batch.micro, rank=rank, ranks=ranks, micro_batches=batch.accumulation)
+            micro_batches = tuple(collate(prepared, rows, group, batch.micro, pad_id) for group in groups)
+            yield StepBatch(step, epoch, micro_batches, labelled, int(rows.lengths[chosen].sum()))
 
     return _ahead(made(), PREFETCHED_STEPS)
 
 
 def eval_batches(prepared: Prepared, micro: int, rank: int, ranks: int, pad_id: int) -> Iterator[MicroBatch]:
-    """The held-out samples that fall to `rank`, each on one rank only.
+    """The held-out rows that fall to `rank`, each on one rank only.
 
     Every rank gets the same number of micro-batches of exactly `micro` rows, so that none waits for another; rows that
     learn nothing fill them up. Divide the sum of all losses by `prepared.eval_labelled`.
     """
-    count = ceil_div(ceil_div(len(prepared.eval), micro), ranks)
-    for group in deal(prepared.eval, prepared.lengths, micro=micro, rank=rank, ranks=ranks, micro_batches=count):
-        yield collate(prepared, group, micro, pad_id)
+    rows = rows_of(prepared, "eval")
+    count = ceil_div(ceil_div(len(rows), micro), ranks)
+    for group in deal(np.arange(len(rows)), rows.lengths, micro=micro, rank=rank, ranks=ranks, micro_batches=count):
+        yield collate(prepared, rows, group, micro, pad_id)
 
 
-def collate(prepared: Prepared, samples: Counts, micro: int, pad_id: int) -> MicroBatch:
-    """`samples` (at most `micro`) as rows padded on the right to the longest, then rows that only fill up."""
-    width = int(prepared.lengths[samples].max()) if len(samples) else FILLER_LENGTH
+def collate(prepared: Prepared, rows: Rows, chosen: Counts, micro: int, pad_id: int) -> MicroBatch:
+    """The `chosen` rows (at most `micro`), padded on the right to the longest, then rows that only fill up.
+
+    Padding goes on counting the positions of the document before it, so that it does not pass for one of its own.
+    """
+    width = int(rows.lengths[chosen].max()) if len(chosen) else FILLER_LENGTH
     input_ids = np.full((micro, width), pad_id, dtype=np.int64)
     labels = np.full((micro, width), IGNORED, dtype=np.int64)
-    for row, sample in enumerate(samples):
-        length = int(prepared.lengths[sample])
-        input_ids[row, :length] = prepared.input_ids[sample]
-        labels[row, :length] = prepared.labels[sample]
-    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels))
+    positions = np.tile(np.arange(width, dtype=np.int64), (micro, 1))
+    for place, row in enumerate(chosen):
+        start = 0
+        for document in rows.documents(int(row)):
+            stop = start + int(prepared.lengths[document])
+            input_ids[place, start:stop] = prepared.input_ids[document]
+            labels[place, start + 1 : stop] = prepared.labels[document][1:]
+            positions[place, start:] -= positions[place, start]
+            start = stop
+    packed = torch.from_numpy(positions) if prepared.packing != "none" else None
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), packed)
 
 
-def _nothing_to_learn(step: int, samples: Counts) -> DataError:
+def _nothing_to_learn(step: int, rows: Rows, chosen: Counts) -> DataError:
+    samples = np.concatenate([rows.documents(int(row)) for row in chosen])
     listed = ", ".join(str(sample) for sample in samples[:8]) + (", ..." if len(samples) > 8 else "")
     problem = f"none of the {len(samples)} samples of step {step} (samples {listed}) has a learned token"
     return DataError(Fault("data", problem, "raise data.seq_len or batch.global_size, or mend those samples"))

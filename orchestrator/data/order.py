@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from orchestrator.data.prepared import Counts, Prepared
+from orchestrator.data.rows import rows_of
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.spec import Batch
 from orchestrator.units import ceil_div
@@ -14,7 +15,7 @@ from orchestrator.units import ceil_div
 
 def steps_per_epoch(prepared: Prepared, batch: Batch) -> int:
     """Optimizer steps of one pass over the training split; the last one may be short."""
-    return ceil_div(len(prepared.train), batch.global_size)
+    return ceil_div(len(rows_of(prepared)), batch.global_size)
 
 
 def epoch_order(indices: Counts, seed: int, epoch: int) -> Counts:

@@ -55,7 +55,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, cache_dir
         problem = f"{error.filename or cache_dir}: {error.strerror or error}"
         remedy = "set data.cache_dir to a folder that can be written and has room"
         raise DataError(Fault("data.cache_dir", problem, remedy)) from error
-    return open_prepared(cache_dir / digest, eval_fraction=data.eval_fraction, seed=seed)
+    return open_prepared(cache_dir / digest, data, seed)
 
 
 def _digest(content: str, tokenizer: str, template: str, data: Data) -> str:

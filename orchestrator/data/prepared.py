@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import DataError, Fault
+from orchestrator.spec import Data
 
 Ids = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
@@ -50,7 +51,7 @@ class Report:
             (self.truncated, "truncated"),
             (self.dropped, "dropped as too long"),
             (self.malformed, "skipped as malformed"),
-            (self.unlabelled, "skipped as nothing in them is learned"),
+            (self.unlabelled, "left out as their answer begins after seq_len"),
         ):
             if count:
                 parts.append(f"{count} {word}")
@@ -86,7 +87,7 @@ class Prepared:
 
     `lengths` counts the tokens of each sample, `labelled` its learned ones from position 1 on (nothing predicts position
     0). `train` and `eval` are the ascending indices of the two splits. `digest` names the data, the tokenizer and how
-    they were put together, but not the split.
+    they were put together, but not the split. `packing` and `seq_len` say how they become rows.
     """
 
     input_ids: Column
@@ -97,6 +98,8 @@ class Prepared:
     eval: Counts
     digest: str
     report: Report
+    packing: str = "none"
+    seq_len: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -107,8 +110,8 @@ class Prepared:
         return int(self.labelled[self.eval].sum())
 
 
-def open_prepared(folder: Path, *, eval_fraction: float, seed: int) -> Prepared:
-    """The prepared data in `folder`, split by `seed`.
+def open_prepared(folder: Path, data: Data, seed: int) -> Prepared:
+    """The prepared samples of `data` in `folder`, split by `seed`.
 
     Raises:
         DataError: the folder is damaged, or the split would leave no sample on one side.
@@ -127,9 +130,12 @@ def open_prepared(folder: Path, *, eval_fraction: float, seed: int) -> Prepared:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problem = f"{folder} is damaged: {reason[:200]}"
         raise DataError(Fault("data.cache_dir", problem, "delete that folder; it is made anew")) from error
-    train, held_out = split(len(lengths), eval_fraction, seed)
+    train, held_out = split(len(lengths), data.eval_fraction, seed)
     columns = Column(batches, "input_ids"), Column(batches, "labels")
-    return Prepared(*columns, lengths, labelled, train, held_out, digest=folder.name, report=report)
+    return Prepared(
+        *columns, lengths, labelled, train, held_out, digest=folder.name, report=report, packing=data.packing,
+        seq_len=data.seq_len,
+    )  # fmt: skip
 
 
 def split(samples: int, eval_fraction: float, seed: int) -> tuple[Counts, Counts]:

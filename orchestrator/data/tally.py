@@ -90,6 +90,7 @@ class Tally:
             faults.append(Fault("data.path", f"{path} holds no row", "write it again, or name another file"))
         if data.on_malformed == "refuse" or not self.kept:
             faults += self._malformed_faults(path)
+        if not self.kept:
             faults += self._unlabelled_faults(path, data)
         if not self.kept and self.dropped:
             lost = f"{self.dropped} are longer than seq_len {data.seq_len} and dropped"
@@ -116,5 +117,4 @@ class Tally:
         if self.unlabelled.count:
             where = self.unlabelled.told(self.rows, place_word(path))
             problem = f"{path}: {where}: every label is masked, because the answer begins after seq_len {data.seq_len}"
-            remedy = f"raise data.seq_len (the longest row has {self.longest} tokens), or set data.on_long=drop"
-            yield Fault("data.seq_len", problem, remedy + (" or data.on_malformed=skip" if self.kept else ""))
+            yield Fault("data.seq_len", problem, f"raise data.seq_len (the longest row has {self.longest} tokens)")

@@ -113,17 +113,24 @@ def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
 
     kept = _norms(s, full, shape) + _adapters(spec, s, targets)
     kept += s.c * s.hidden * (input_of("q_proj", "k_proj", "v_proj") + input_of("gate_proj", "up_proj"))
-    kept += s.c * (2 * s.query + 2 * s.key) + FP32 * s.heads  # q, k, v, the output, and its log-sum-exp
+    key = s.key if spec.data.packing == "none" else s.query  # under a mask k and v are repeated for every query head
+    kept += s.c * (2 * s.query + 2 * key) + FP32 * s.heads  # q, k, v, the output, and its log-sum-exp
     kept += s.c * s.inner * (3 + input_of("down_proj"))  # gate, its activation, up, their product
     return kept
 
 
 def activations(spec: RunSpec, shape: ModelShape, loss: LossCode = OURS) -> Activations:
-    """The activations of `spec.batch.micro` rows of `spec.data.seq_len` tokens."""
+    """The activations of `spec.batch.micro` rows of `spec.data.seq_len` tokens.
+
+    In packed rows transformers tells the documents apart by an explicit mask, one byte for each pair of positions; each
+    attention turns it into a bias in the compute dtype and keeps that (aten/src/ATen/native/transformers/attention.cpp,
+    convert_boolean_attn_mask). Recompute keeps the mask itself for the second forward.
+    """
     s = sizes(shape, spec.precision.compute, spec.strategy.tp)
     tokens = spec.batch.micro * spec.data.seq_len
     full = spec.tuning.kind == "full"
-    block = tokens * _block(spec, shape, s)
+    pairs = tokens * spec.data.seq_len if spec.data.packing != "none" else 0
+    block = tokens * _block(spec, shape, s) + pairs * s.c
     inputs = tokens * s.c * s.hidden
     recompute = spec.recompute != "none"
     # Without recompute nothing before the first adapters needs a gradient, so the first norm keeps nothing.
@@ -138,7 +145,7 @@ def activations(spec: RunSpec, shape: ModelShape, loss: LossCode = OURS) -> Acti
     # Rows beyond the first make the shifted logits a copy (flatten of a slice).
     low = (s.c if s.c < FP32 else 0) + (s.c if spec.batch.micro > 1 else 0) if loss.half else 0
     return Activations(
-        blocks=shape.num_hidden_layers * (inputs if recompute else block) - first,
+        blocks=shape.num_hidden_layers * (inputs if recompute else block) - first + (pairs if recompute else 0),
         one_block=block,
         transient=transient,
         attention=attention,

@@ -213,7 +213,7 @@ def choose_attention(compute: str, bf16: bool) -> None:
 
     Flash for half precision and head_dim up to 256 on cards from sm80 on (those with bf16), the memory-efficient kernel for
     fp32 and for older cards (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, use_flash_attention and
-    use_mem_efficient_attention). Masks are not expected: the project's loss passes none.
+    use_mem_efficient_attention), and that kernel also under the mask of packed rows, which flash does not take.
     """
     native = functional.scaled_dot_product_attention
     half = compute in ("bf16", "fp16") and bf16
@@ -222,11 +222,15 @@ def choose_attention(compute: str, bf16: bool) -> None:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        if query.device.type != DEVICE or attn_mask is not None:
+        if query.device.type != DEVICE:
             return native(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         width = query.shape[-1]
         scale = scale if scale is not None else 1 / math.sqrt(width)
-        if half and width <= 256:
+        bias = None
+        if attn_mask is not None:  # convert_boolean_attn_mask, then expanded without a copy
+            bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
+            bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
+        elif half and width <= 256:
             if width % 8:  # pad_last_dim<8> in aten/src/ATen/native/transformers/attention.cpp
                 query, key, value = (functional.pad(t, (0, 8 - width % 8)) for t in (query, key, value))
             flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -235,7 +239,7 @@ def choose_attention(compute: str, bf16: bool) -> None:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, None, True, dropout_p, is_causal, scale=scale)[0]
+        return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
     replaced: Any = functional
     replaced.scaled_dot_product_attention = attention

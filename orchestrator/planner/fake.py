@@ -34,10 +34,10 @@ def join(rank: int, ranks: int) -> None:
 
 
 @contextmanager
-def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Every tensor made inside holds no memory, and the libraries in use accept that."""
+def fake_tensors(packed: bool = False) -> Iterator[FakeTensorMode]:
+    """Every tensor made inside holds no memory, and the libraries in use accept that; `packed`: rows hold several documents."""
     _answer_for_values()
-    _answer_transformers()
+    _answer_transformers(packed)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
@@ -65,8 +65,9 @@ def _answer_for_values() -> None:
 
 
 @lru_cache(maxsize=1)
-def _answer_transformers() -> None:
-    """transformers takes fake tensors for a compiler's and then builds masks that a real run on one document skips."""
+def _answer_transformers(packed: bool) -> None:
+    """transformers takes fake tensors for a compiler's and then builds masks that a real run on one document skips, and that
+    one on `packed` rows builds."""
     import transformers.masking_utils
     import transformers.utils.import_utils as inspection
 
@@ -74,11 +75,11 @@ def _answer_transformers() -> None:
     masking: Any = transformers.masking_utils
     look = masking.find_packed_sequence_indices
 
-    def one_document(position_ids: torch.Tensor) -> None:
-        look(position_ids)  # its temporaries are part of the run
-        return
+    def documents(position_ids: torch.Tensor) -> torch.Tensor | None:
+        found: torch.Tensor | None = look(position_ids)  # its temporaries are part of the run
+        return found if packed else None
 
-    masking.find_packed_sequence_indices = one_document
+    masking.find_packed_sequence_indices = documents
 
 
 def pretend(module: nn.Module, device: torch.device) -> None:

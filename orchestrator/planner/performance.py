@@ -86,11 +86,17 @@ class Performance:
         for index in range(self.spec.batch.accumulation):
             self.tracer.enter_phase("forward")
             ids = torch.zeros(size, length, dtype=torch.int64)
-            batch = MicroBatch(ids, torch.zeros_like(ids))
+            batch = MicroBatch(ids, torch.zeros_like(ids), self._positions(size, length))
             engine.forward_backward(batch, self.spec.batch.global_size, last=index == self.spec.batch.accumulation - 1)
             del ids, batch
         self.tracer.enter_phase("step")
         engine.step(self.spec.optimizer.lr)
+
+    def _positions(self, size: int, length: int) -> torch.Tensor | None:
+        """Rows of two documents where samples are packed: how many there are changes no tensor's size."""
+        if self.spec.data.packing == "none":
+            return None
+        return (torch.arange(length) % (length // 2 + 1)).repeat(size, 1)
 
     def _save(self, engine: Engine) -> None:
         """What a checkpoint and, where asked for, an export move to the host, each piece by itself; that the writer gathers

@@ -68,7 +68,7 @@ def play(spec: RunSpec, rank: int) -> Trace:
     if spec.strategy.engine is not Kind.PLAIN and not dist.is_initialized():
         fake.join(rank, spec.strategy.ranks)
     device, tracer = device_for(spec)
-    with fake.fake_tensors():
+    with fake.fake_tensors(packed=spec.data.packing != "none"):
         weights = models.open_weights if spec.model.path is None else BlankWeights
         FakePerformance(without_files(spec), device, tracer, weights).run(rank)
     return tracer.trace()

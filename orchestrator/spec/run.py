@@ -52,7 +52,8 @@ class Batch:
 class Data:
     """`path` None: the built-in sample. `format` "auto", "alpaca" or "messages". `tokenizer` None: the model's own.
 
-    `eval_fraction` of the samples is held out, chosen by `seed`; `on_malformed` "refuse" or "skip".
+    `eval_fraction` of the samples is held out, chosen by `seed`; `on_malformed` "refuse" or "skip"; `packing` "none" (a row
+    is one sample) or "best_fit" (several in a row of `seq_len` tokens, blind to each other).
     """
 
     path: str | None
@@ -64,6 +65,7 @@ class Data:
     on_malformed: str = "refuse"
     on_long: str = "truncate"
     cache_dir: str | None = None
+    packing: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def prepared_file(tmp_path: Path, tokenizer: Any) -> Callable[..., Prepared]:
     """Prepares a file with the built-in tokenizer; keyword arguments are those of `Data`."""
 
     def make(path: Path | None, *, seed: int = 0, **options: Any) -> Prepared:
-        data = Data(path=str(path) if path else None, **{"seq_len": 128, **options})
+        data = Data(**{"path": str(path) if path else None, "seq_len": 128, **options})
         return prepare(data, tokenizer, seed, tmp_path / "cache")
 
     return make

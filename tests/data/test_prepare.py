@@ -122,7 +122,7 @@ def test_malformed_rows_are_skipped_and_counted_on_request(prepared_file: Prepar
     prepared = prepared_file(write_rows(rows), on_malformed="skip", seq_len=32)
     report = prepared.report
     assert (report.rows, report.kept, report.malformed, report.unlabelled) == (5, 2, 2, 1)
-    assert "2 skipped as malformed, 1 skipped as nothing in them is learned" in report.sentence()
+    assert "2 skipped as malformed, 1 left out as their answer begins after seq_len" in report.sentence()
 
 
 def test_counts_add_up(sample: Prepared) -> None:
@@ -261,12 +261,16 @@ def test_tables_count_rows_not_lines(prepared_file: Prepare, tmp_path: Path) -> 
     assert "2 of 3 rows (rows 2, 3): field" in refused(prepared_file, tmp_path / "rows.parquet")
 
 
+def test_a_row_whose_answer_begins_too_late_is_left_out_and_counted(prepared_file: Prepare, write_rows: Write) -> None:
+    prepared = prepared_file(write_rows([row(), row("word " * 60), row("word " * 70)]), seq_len=32)
+    assert (prepared.report.kept, prepared.report.unlabelled) == (1, 2)
+    assert "2 left out as their answer begins after seq_len" in prepared.report.sentence()
+
+
 def test_rows_of_only_masked_labels_are_refused(prepared_file: Prepare, write_rows: Write) -> None:
-    path = write_rows([row(), row("word " * 60), row("word " * 70)])
-    text = refused(prepared_file, path, seq_len=32)
-    assert "2 of 3 rows (lines 2, 3): every label is masked, because the answer begins after seq_len 32" in text
+    text = refused(prepared_file, write_rows([row("word " * 60), row("word " * 70)]), seq_len=32)
+    assert "2 of 2 rows (lines 1, 2): every label is masked, because the answer begins after seq_len 32" in text
     assert "raise data.seq_len (the longest row has " in text
-    assert "or set data.on_long=drop or data.on_malformed=skip" in text
 
 
 def test_a_line_that_holds_many_rows_is_named_once(prepared_file: Prepare, tmp_path: Path) -> None:
