@@ -7,6 +7,8 @@ from bisect import bisect_left, insort
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.units import ceil_div
+
 Counts = npt.NDArray[np.int64]
 
 
@@ -41,35 +43,34 @@ class _Shelf:
         placed: list[Counts] = []
         while count:
             at = bisect_left(self._rooms, length)
-            found = self._fill(self._rooms[at], length, count) if at < len(self._rooms) else self._open(length, count)
-            placed.append(found)
-            count -= len(found)
+            room = self._rooms[at] if at < len(self._rooms) else self.capacity
+            # The row that has just taken one has the least room of those that still take another.
+            each = room // length
+            rows = self._take(room, ceil_div(count, each)) if at < len(self._rooms) else self._open(ceil_div(count, each))
+            chosen = np.repeat(rows, each)[:count]
+            whole, rest = divmod(len(chosen), each)
+            self._put(rows[:whole], room - each * length)
+            self._put(rows[whole:], room - rest * length)
+            placed.append(chosen)
+            count -= len(chosen)
         return np.concatenate(placed)
 
     def _put(self, rows: Counts, room: int) -> None:
-        if not len(rows) or not room:
-            return
-        if room not in self._rows:
-            insort(self._rooms, room)
-        self._rows.setdefault(room, []).append(rows)
+        if len(rows) and room:
+            if room not in self._rows:
+                insort(self._rooms, room)
+            self._rows.setdefault(room, []).append(rows)
 
-    def _fill(self, room: int, length: int, count: int) -> Counts:
-        """At most `count` of the rows with `room`; each takes one document of `length`."""
+    def _take(self, room: int, most: int) -> Counts:
+        """At most `most` of the rows with `room`, off the shelf."""
         rows = self._rows[room].pop()
         if not self._rows[room]:
             del self._rows[room]
             self._rooms.remove(room)
-        self._put(rows[count:], room)
-        self._put(rows[:count], room - length)
-        return rows[:count]
+        self._put(rows[most:], room)
+        return rows[:most]
 
-    def _open(self, length: int, count: int) -> Counts:
-        """New rows for all `count` documents, as many in each as it takes."""
-        each = self.capacity // length
-        whole, rest = divmod(count, each)
-        fresh = np.arange(self.made, self.made + whole + bool(rest), dtype=np.int64)
-        self.made += len(fresh)
-        self._put(fresh[:whole], self.capacity - each * length)
-        if rest:
-            self._put(fresh[whole:], self.capacity - rest * length)
-        return np.repeat(fresh, each)[:count]
+    def _open(self, count: int) -> Counts:
+        """`count` new rows."""
+        self.made += count
+        return np.arange(self.made - count, self.made, dtype=np.int64)
