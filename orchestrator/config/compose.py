@@ -186,7 +186,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         recompute=conf.recompute.kind.value,
         precision=spec.Precision(choose_precision(conf.precision.compute, cluster.card)),
         cluster=cluster,
-        checkpoint=spec.Checkpoint(conf.checkpoint.every, conf.checkpoint.keep),
+        checkpoint=spec.Checkpoint(conf.checkpoint.every, conf.checkpoint.keep, conf.checkpoint.background),
         resume=_home(conf.resume) or conf.resume,
         eval=spec.Evaluation(conf.eval.every),
         export=spec.Export(conf.export.format.value, conf.export.merge),

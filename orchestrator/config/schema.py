@@ -251,6 +251,9 @@ class ClusterConf:
 class CheckpointConf:
     every: int = key(0, "steps between checkpoints; 0: only at the end", "steps")
     keep: int = key(2, "newest checkpoints that stay")
+    background: bool = key(
+        False, "write while the next steps are taken; a rank then holds its share of the training state twice in host memory"
+    )
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -40,6 +40,10 @@ class Piece:
     start: int
     data: torch.Tensor
     owned: bool = True
+
+    def copied(self) -> Piece:
+        """The same piece with data of its own in host memory, which the next step does not change."""
+        return replace(self, data=torch.empty_like(self.data, device="cpu").copy_(self.data.detach()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,9 +102,13 @@ class Performance:
         """What a checkpoint and, where asked for, an export move to the host, each piece by itself; that the writer gathers
         pieces before it writes them is added by `rehearsal.with_chunk`."""
         pieces, _ = engine.save()
+        held = []
         for piece in pieces:
-            if piece.owned:
+            if piece.owned and self.spec.checkpoint.background:
+                held.append(piece.copied())
+            elif piece.owned:
                 piece.data.detach().to("cpu").contiguous()
+        del held
         if self.spec.export != Export("none", False):
             self.tracer.enter_phase("save")
             for _ in engine.full_tensors():

@@ -85,7 +85,9 @@ def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -
     """Host memory of one rank: its process, what rests there, and the rounding of what is page-locked."""
     trained = sum(p.numel for p in table if p.trainable)
     sharded = spec.strategy.dp_shard if spec.strategy.shard is not Shard.NONE else 1
-    saved = min(device.SAVED_AT_ONCE, 3 * 4 * trained // sharded)  # master and moments, gathered to be written
+    saved = 3 * 4 * trained // sharded  # master and moments, gathered to be written
+    if not spec.checkpoint.background:
+        saved = min(device.SAVED_AT_ONCE, saved)
     need = device.process_bytes(spec.cluster, spec.strategy.engine) + sum(lines.values()) + _pinned(spec, table, lines) + saved
     return Room(need, device.host_share(spec.cluster))
 

@@ -116,7 +116,8 @@ def rehearse_here(spec: RunSpec, rank: int = 0, *, whole: bool = False) -> Rehea
     began = time.perf_counter()
     spliced = None if whole or not can_splice(spec) else _spliced(spec, rank)
     trace = spliced or play(spec, rank)
-    return summarize(rank, with_chunk(trace), time.perf_counter() - began, "full" if spliced is None else "spliced")
+    trace = trace if spec.checkpoint.background else with_chunk(trace)
+    return summarize(rank, trace, time.perf_counter() - began, "full" if spliced is None else "spliced")
 
 
 SAVED_AT_ONCE = GIB

@@ -57,7 +57,7 @@ def key(spec: RunSpec, basis: str) -> str:
         run=Run(None, None, 1),
         seed=0,
         model=Model(spec.model.name, path, spec.model.trust_remote_code, spec.model.shape),
-        checkpoint=Checkpoint(0, 1),
+        checkpoint=Checkpoint(0, 1, spec.checkpoint.background),
         resume="none",
         logging=Logging(1, "none"),
     )

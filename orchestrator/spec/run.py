@@ -96,10 +96,11 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`every` 0: only at the end of the run; `keep` newest checkpoints stay."""
+    """`every` 0: only at the end of the run; `keep` newest checkpoints stay; `background`: a thread writes them."""
 
     every: int
     keep: int
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,18 @@
 """Saving: a checkpoint that any strategy on any number of ranks can resume.
 
     step-000050/
-        checkpoint.json               step, epoch, seed, ranks, digests, tuning, scalars: written last, by rank 0
+        COMMITTED                     the SHA-256 of checkpoint.json: written last, by rank 0
+        checkpoint.json               step, epoch, seed, ranks, digests, tuning, scalars; every file with size and SHA-256
         rank-00000.json               where every piece of rank 0 lies: tensor, kind, start, length, file
         rank-00000-0000.safetensors   the pieces, one-dimensional, under the key "name|kind|start"
         rank-00000.rng.safetensors    the random states of rank 0
 
-The folder is written under a temporary name and renamed when every rank has flushed it to the disk.
+The folder is written under a temporary name and renamed when every rank has flushed it to the disk (train/commit.py).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,11 +25,12 @@ from safetensors.torch import save_file
 
 from orchestrator.engine.protocol import Piece
 from orchestrator.errors import CheckpointError, Fault
-from orchestrator.train.folder import saved_steps
+from orchestrator.train import commit
+from orchestrator.train.commit import Stored, saved_steps, stored
 from orchestrator.train.world import World
 from orchestrator.units import GIB, MIB, format_bytes
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = GIB
 """Pieces are gathered in host memory up to this size and then written: the price of a save in RAM, per rank."""
 
@@ -56,15 +57,6 @@ def key_of(name: str, kind: str, start: int) -> str:
     return f"{name}|{kind}|{start}"
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _PieceWriter:
     """Writes the pieces of one rank in files of about CHUNK_BYTES, and their index."""
 
@@ -75,6 +67,7 @@ class _PieceWriter:
         self._index: list[dict[str, Any]] = []
         self._shapes: dict[str, list[int]] = {}
         self.bytes = 0
+        self.files: dict[str, Stored] = {}
 
     def add(self, piece: Piece) -> None:
         data = piece.data.detach().reshape(-1).to("cpu").contiguous()
@@ -97,8 +90,13 @@ class _PieceWriter:
     def _write_chunk(self) -> None:
         path = self._folder / self._file_name()
         save_file(self._chunk, path)
-        _sync(path)
+        self._keep(path)
         self._chunk, self._chunk_bytes, self._files = {}, 0, self._files + 1
+
+    def _keep(self, path: Path) -> None:
+        """Flush a written file to the disk and note its SHA-256."""
+        commit.flush(path)
+        self.files[path.name] = stored(path)
 
     def finish(self, device: torch.device) -> None:
         if self._chunk:
@@ -110,8 +108,8 @@ class _PieceWriter:
         save_file(random, states)
         index = self._folder / f"{self._stem}.json"
         index.write_text(json.dumps({"shapes": self._shapes, "pieces": self._index}), encoding="utf-8")
-        _sync(states)
-        _sync(index)
+        self._keep(states)
+        self._keep(index)
 
 
 def _describe(error: Exception) -> str:
@@ -135,8 +133,8 @@ def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> 
     return CheckpointError(Fault("checkpoint", problem, f"{remedy} or move run.dir to a larger disk, then resume=auto"))
 
 
-def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple[int, str | None]:
-    """(bytes of tensors, failure or None) of this rank. The pieces are always taken to the end: peers may be exchanging."""
+def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple[_PieceWriter, str | None]:
+    """(what this rank has written, failure or None). The pieces are always taken to the end: peers may be exchanging."""
     writer, failure = _PieceWriter(temporary, world.rank), None
     for piece in pieces:
         if not piece.owned or failure is not None:
@@ -150,39 +148,28 @@ def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple
             writer.finish(world.device)
         except (OSError, SafetensorError) as error:
             failure = _describe(error)
-    return writer.bytes, failure
+    return writer, failure
 
 
-def _open_temporary(checkpoints: Path, step: int, needed: int) -> tuple[Path, str | None]:
-    """(an empty temporary folder, failure or None). What earlier crashes left is removed first."""
-    temporary = checkpoints / f".tmp-step-{step:06d}"
+def _open_temporary(final: Path, needed: int) -> str | None:
+    """The failure, or None: makes an empty temporary folder. What earlier crashes left is removed first."""
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for stale in checkpoints.glob(".tmp-step-*"):
-            shutil.rmtree(stale)
-        if shutil.disk_usage(checkpoints).free < needed:
-            return temporary, "No space left on device"
-        temporary.mkdir()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        commit.recover(final.parent)
+        if shutil.disk_usage(final.parent).free < needed:
+            return "No space left on device"
+        commit.temporary_of(final).mkdir()
     except OSError as error:
-        return temporary, _describe(error)
-    return temporary, None
+        return _describe(error)
+    return None
 
 
-def _publish(temporary: Path, final: Path, document: dict[str, Any], keep: int) -> str | None:
-    """The failure, or None: writes checkpoint.json, gives the folder its name, and drops all but the `keep` newest."""
+def _publish(final: Path, document: dict[str, Any], files: dict[str, Stored], keep: int) -> str | None:
+    """The failure, or None: commits the checkpoint, and then drops all but the `keep` newest."""
     try:
-        about = temporary / "checkpoint.json"
-        about.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        _sync(about)
-        _sync(temporary)
-        replaced = final.with_name(f".tmp-{final.name}.replaced")
-        if final.exists():  # the same step again, after a resume
-            final.rename(replaced)
-        temporary.rename(final)
-        _sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        commit.publish(final, document, files)
         for old in saved_steps(final.parent)[: -max(keep, 1)]:
-            shutil.rmtree(old)
+            commit.remove(old)
     except OSError as error:
         return _describe(error)
     return None
@@ -192,9 +179,9 @@ def save(
     checkpoints: Path,
     moment: Moment,
     pieces: Iterator[Piece],
-    scalars: Mapping[str, float],
     world: World,
     *,
+    scalars: Mapping[str, float],
     keep: int,
     expected_bytes: int,
 ) -> tuple[Path, int]:
@@ -206,24 +193,24 @@ def save(
         CheckpointError: any rank could not write; the temporary folder is gone and earlier checkpoints are whole.
     """
     needed = expected_bytes + SPARE_BYTES
-    temporary, failure = world.tell(_open_temporary(checkpoints, moment.step, needed) if world.first else None) or (
-        Path(),
-        None,
-    )
+    final = checkpoints / f"step-{moment.step:06d}"
+    temporary = commit.temporary_of(final)
+    failure = world.tell(_open_temporary(final, needed) if world.first else None)
     failures = [f"rank 0: {failure}"] if failure else []
     written = 0
     if not failures:
         own, failure = _write_rank(temporary, pieces, world)
         failures = world.agree(failure)
-        written = sum(world.gather(own))
+        ranks = world.gather((own.bytes, own.files))
+        written = sum(size for size, _ in ranks)
     if not failures:
         document = {
             "format": FORMAT, "step": moment.step, "epoch": moment.epoch, "seed": moment.seed, "ranks": world.size,
             "spec_digest": moment.spec_digest, "about": dict(moment.about), "course": dict(moment.course),
             "scalars": dict(scalars), "bytes": written,
         }  # fmt: skip
-        final = checkpoints / f"step-{moment.step:06d}"
-        failure = world.tell(_publish(temporary, final, document, keep) if world.first else None)
+        files = {name: file for _, listed in ranks for name, file in listed.items()}
+        failure = world.tell(_publish(final, document, files, keep) if world.first else None)
         if failure is None:
             return final, written
         failures = [f"rank 0: {failure}"]

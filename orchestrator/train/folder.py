@@ -10,9 +10,9 @@ from typing import Any
 
 from orchestrator.errors import CheckpointError, ConfigError, Fault
 from orchestrator.spec import RunSpec, to_json
+from orchestrator.train.commit import DOCUMENT, is_named, named_steps
 
 ROOT = Path("runs")
-_STEP = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,44 +59,43 @@ class RunFolder:
     def has_run(self) -> bool:
         """Whether a run has left results here. A start that failed before its first step has not."""
         stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return stepped or self.export.exists() or bool(saved_steps(self.checkpoints))
+        return stepped or self.export.exists() or bool(named_steps(self.checkpoints))
+
+    def saved(self) -> tuple[Path, ...]:
+        """The checkpoints, newest first. Whether they are sound is seen when one is chosen."""
+        return tuple(reversed(named_steps(self.checkpoints)))
 
     def newest_checkpoint(self) -> Path | None:
-        steps = saved_steps(self.checkpoints)
-        return steps[-1] if steps else None
+        return next(iter(self.saved()), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The folder of this run, and the checkpoint that it starts from (None: from the beginning)."""
+    """The folder of this run, and the checkpoints that it may start from, the first that is sound (none: the beginning)."""
 
     folder: RunFolder
-    checkpoint: Path | None
+    candidates: tuple[Path, ...] = ()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.candidates[0] if self.candidates else None
 
 
-def saved_steps(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints under `checkpoints`, oldest step first."""
-    if not checkpoints.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / "checkpoint.json").exists()]
-
-
-def checkpoint_at(path: Path, field: str = "resume") -> Path:
-    """The checkpoint that `path` means: itself, or the newest of the run folder `path`.
+def checkpoints_at(path: Path, field: str = "resume") -> tuple[Path, ...]:
+    """The checkpoints that `path` means: itself alone, or those of the run folder `path`, newest first.
 
     Raises:
         CheckpointError: `path` is neither a checkpoint nor a run folder with one.
     """
-    if (path / "checkpoint.json").is_file():
-        return path
+    if path.is_dir() and (is_named(path) or (path / DOCUMENT).is_file()):
+        return (path,)
     if not path.is_dir():
         problem = f"{path} is a file, not a run folder" if path.exists() else f"there is no folder {path}"
         raise CheckpointError(
             Fault(field, problem, "give a run folder (runs/demo) or a checkpoint in it (runs/demo/checkpoints/…)")
         )
-    newest = RunFolder(path).newest_checkpoint()
-    if newest is None:
+    saved = RunFolder(path).saved()
+    if not saved:
         run = RunFolder(path).spec.exists()
         problem = (
             f"{path} is a run that has not saved a checkpoint" if run else f"{path} is neither a run folder nor a checkpoint"
@@ -105,7 +104,7 @@ def checkpoint_at(path: Path, field: str = "resume") -> Path:
             "start it from the beginning with resume=none" if run else "give the folder that holds spec.json and checkpoints/"
         )
         raise CheckpointError(Fault(field, problem, remedy))
-    return newest
+    return saved
 
 
 def _name(spec: RunSpec) -> str:
@@ -138,23 +137,19 @@ def choose(spec: RunSpec, root: Path = ROOT) -> Choice:
         folder = RunFolder(Path(spec.run.dir))
         if folder.path.exists() and not folder.path.is_dir():
             raise ConfigError(Fault("run.dir", f"{folder.path} is a file", "name a folder"))
-        same = spec.resume not in ("none", "auto") and checkpoint_at(Path(spec.resume)).resolve().is_relative_to(
-            folder.path.resolve()
-        )
+        named = checkpoints_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else ()
+        same = any(checkpoint.resolve().is_relative_to(folder.path.resolve()) for checkpoint in named)
         if folder.has_run() and spec.resume != "auto" and not same:
             raise ConfigError(
                 Fault("run.dir", f"{folder.path} already holds a run, and nothing is written over",
                       "continue it with resume=auto, or name another run.dir")
             )  # fmt: skip
-        if spec.resume == "none":
-            return Choice(folder, None)
-        return Choice(folder, folder.newest_checkpoint() if spec.resume == "auto" else checkpoint_at(Path(spec.resume)))
+        return Choice(folder, folder.saved() if spec.resume == "auto" else named)
     if spec.resume == "auto":
-        earlier = [folder for folder in _siblings(root, _name(spec)) if folder.newest_checkpoint()]
+        earlier = [folder for folder in _siblings(root, _name(spec)) if folder.saved()]
         if earlier:
-            return Choice(earlier[-1], earlier[-1].newest_checkpoint())
-    checkpoint = checkpoint_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else None
-    return Choice(_fresh(root, _name(spec)), checkpoint)
+            return Choice(earlier[-1], earlier[-1].saved())
+    return Choice(_fresh(root, _name(spec)), checkpoints_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else ())
 
 
 def write_json(path: Path, data: Any) -> None:

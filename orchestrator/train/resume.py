@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from orchestrator.engine.protocol import Piece
 from orchestrator.errors import CheckpointError, Fault
+from orchestrator.train import commit
 from orchestrator.train.checkpoint import FORMAT, key_of
+from orchestrator.train.world import World
 
 _SHOWN = 5
 
@@ -36,7 +38,7 @@ class _Place:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        document = json.loads((path / commit.DOCUMENT).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         problem = f"{path} is not a checkpoint: its checkpoint.json cannot be read ({error})"
         raise CheckpointError(Fault("resume", problem, "name another checkpoint of the run")) from None
@@ -132,6 +134,32 @@ class Reader:
 
     def close(self) -> None:
         self._files.clear()
+
+
+def first_sound(candidates: Sequence[Path], world: World, say: Callable[[str], None]) -> Path | None:
+    """The first of `candidates` whose every file is what was saved; None where there are none. Each rank reads a part of them.
+
+    `say` is told of each that is passed over, and why.
+
+    Raises:
+        CheckpointError: none is sound.
+    """
+    damage: list[tuple[Path, str]] = []
+    for path in candidates:
+        own = list(commit.problems(path, world.rank, world.size))
+        found = sorted({problem for problems in world.gather(own) for problem in problems})
+        if not found:
+            return path
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        damage.append((path, f"{found[0]}{more}"))
+        if len(candidates) > 1:
+            say(f"resume   {path.name} is damaged and passed over: {damage[-1][1]}")
+    if not damage:
+        return None
+    remedy = "name another checkpoint of the run, or take the newest sound one with resume=auto"
+    if len(candidates) > 1:
+        remedy = "start afresh with resume=none and another run.dir"
+    raise CheckpointError([Fault("resume", f"{path} is damaged: {what}", remedy) for path, what in damage])
 
 
 def check_run(reader: Reader, about: Mapping[str, Any]) -> None:

@@ -33,10 +33,11 @@ from orchestrator.train.loop import Ending, Loop
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics, drop_after, open_tracker
 from orchestrator.train.publish import Publisher
-from orchestrator.train.resume import Reader, changes, check_run, check_tensors
+from orchestrator.train.resume import Reader, changes, check_run, check_tensors, first_sound
+from orchestrator.train.saving import Saved, Saver
 from orchestrator.train.stop import listening
 from orchestrator.train.world import World
-from orchestrator.units import format_bytes, format_count
+from orchestrator.units import format_bytes, format_count, format_seconds
 
 LOG = logging.getLogger("orchestrator.train")
 STATE_BYTES = 3 * 4
@@ -102,6 +103,7 @@ class Run:
         self._table: tuple[Parameter, ...]
         self._expected_bytes = 0
         self._metrics: Metrics | None = None
+        self._saver: Saver | None = None
 
     def execute(self, on_open: Callable[[RunFolder], None] = lambda folder: None) -> Outcome:
         """Train to the last step, save, export, and account for the memory. `on_open` learns of the folder once it is there.
@@ -161,8 +163,11 @@ class Run:
         """Choose and open the run folder; the checkpoint to resume from, checked against the spec."""
         spec, world = self.spec, self.world
 
-        def choose() -> Choice:
-            choice = folder.choose(spec)
+        choice = world.on_first(lambda: folder.choose(spec))
+        sound = first_sound(choice.candidates, world, self.display.note)
+        self._choice = choice = Choice(choice.folder, (sound,) if sound is not None else ())
+
+        def open_it() -> bool:
             resumed_at: int | None = None
             if choice.checkpoint is not None:
                 reader = Reader(choice.checkpoint)
@@ -176,14 +181,14 @@ class Run:
             if resumed_at is not None and spec.resume != "none":
                 drop_after(choice.folder.metrics, resumed_at)
             self._metrics = Metrics(choice.folder.metrics, open_tracker(spec.logging.tracker, choice.folder.path))
-            return choice
+            return True
 
-        self._choice = world.on_first(choose)
-        self.folder = self._choice.folder
+        world.on_first(open_it)
+        self.folder = choice.folder
         open_log(self.folder.log, world.rank)
         world.barrier()  # rank 0 may take the folder away again
         _seed(spec.seed, world.rank)
-        return Reader(self._choice.checkpoint) if self._choice.checkpoint is not None else None
+        return Reader(choice.checkpoint) if choice.checkpoint is not None else None
 
     def _prepare(self) -> tuple[Any, Any, int]:
         """(tokenizer, prepared data, total optimizer steps). Rank 0 tokenises while the others wait, then all open it."""
@@ -285,14 +290,16 @@ class Run:
             held_out = partial(data.eval_batches, prepared, spec.batch.micro, dp_rank, ranks, pad)
         loop = Loop(engine, spec, world, total, self._metrics, self.display, eval_batches=held_out, on_memory=self._remember)
 
+        self._saver = saver = Saver(world, self._saved, background=spec.checkpoint.background)
+
         def save(step: int, epoch: int) -> None:
             moment = checkpoint.Moment(step, epoch, spec.seed, digest(spec), identity(spec), course(spec, prepared))
             pieces, scalars = engine.save()
-            path, written = checkpoint.save(
-                self._folder.checkpoints, moment, pieces, scalars, world,
+            write = partial(
+                checkpoint.save, self._folder.checkpoints, moment, scalars=scalars,
                 keep=spec.checkpoint.keep, expected_bytes=self._expected_bytes,
             )  # fmt: skip
-            self.display.note(f"saved    {path} ({format_bytes(written)})")
+            saver.save(pieces, write)
 
         def after_first() -> None:
             self._census(engine, STEPPED)
@@ -301,14 +308,23 @@ class Run:
         self.display.begin(started, total)
         try:
             with listening() as stop:
-                return loop.run(steps, stop, save, after_first)
+                ending = loop.run(steps, stop, save, after_first)
+                saver.wait()
+                return ending
         finally:
             self.display.end()
             if self._metrics is not None:
                 self._metrics.close()
 
+    def _saved(self, saved: Saved) -> None:
+        stalled = f"; training stood still for {format_seconds(saved.stall_seconds)}" if self.spec.checkpoint.background else ""
+        size = format_bytes(saved.bytes)
+        self.display.note(f"saved    {saved.path} ({size} in {format_seconds(saved.seconds)}{stalled})")
+
     def _remember(self, step: int, ranks: list[Memory]) -> None:
         self._account(ranks)
+        if self._saver is not None:
+            self._saver.poll()
 
     def _account(self, memory: list[Memory] | None) -> None:
         """Write ledger.json: for each rank the rows that the layout predicts, those that were found, and the memory so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -36,6 +36,10 @@ class World:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def beside(self) -> World:
+        """This world with messages of its own, for a thread that works while this one goes on. Every rank must ask for it."""
+        return replace(self, control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

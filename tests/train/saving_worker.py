@@ -25,7 +25,7 @@ def main(folder: Path, how: str) -> int:
         moment = checkpoint.Moment(step, 0, 1, "digest", {})
         pieces = iter([Piece("w", "weight", (200,), 100 * world.rank, half)])
         try:
-            checkpoint.save(folder, moment, pieces, {}, world, keep=2, expected_bytes=800)
+            checkpoint.save(folder, moment, pieces, world, scalars={}, keep=2, expected_bytes=800)
         except CheckpointError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             print(error.report())

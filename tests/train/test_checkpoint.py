@@ -27,7 +27,7 @@ def pieces():
 
 def save(folder, world, step=5, keep=2, expected=100):
     moment = checkpoint.Moment(step, 1, 42, "digest", MOMENT.about)
-    return checkpoint.save(folder, moment, pieces(), {"loss_scale": 2.0}, world, keep=keep, expected_bytes=expected)
+    return checkpoint.save(folder, moment, pieces(), world, scalars={"loss_scale": 2.0}, keep=keep, expected_bytes=expected)
 
 
 def test_any_slice_of_what_was_saved_is_read_back(tmp_path, world):
@@ -83,7 +83,7 @@ def test_a_damaged_or_foreign_document_is_refused(tmp_path, world):
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         Reader(path)
     (path / "checkpoint.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 2"):
         Reader(path)
 
 
@@ -151,6 +151,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(small_disk, world, mon
     save(small_disk, world, 1)
     large = iter([Piece("w", "weight", (2**19,), 0, torch.zeros(2**19))])
     with pytest.raises(CheckpointError, match=r"No space left on device.*2\.0 MiB and .* are free; .*step-000001, is whole"):
-        checkpoint.save(small_disk, MOMENT, large, {}, world, keep=2, expected_bytes=0)
+        checkpoint.save(small_disk, MOMENT, large, world, scalars={}, keep=2, expected_bytes=0)
     assert [p.name for p in small_disk.iterdir()] == ["step-000001"]
     assert Reader(small_disk / "step-000001").read("a.weight", "weight", 0, 12).tolist() == list(map(float, range(12)))

@@ -55,12 +55,11 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
         choose(spec(f"run.dir={tmp_path / 'run'}"))
 
 
-def test_auto_takes_the_newest_checkpoint_and_ignores_torn_ones(tmp_path):
+def test_auto_takes_the_newest_checkpoint_first_and_no_unfinished_one(tmp_path):
     run = finish(tmp_path / "run", 50, 100)
-    run.checkpoint(150).mkdir()  # no checkpoint.json
     (run.checkpoints / ".tmp-step-000200").mkdir()
     choice = choose(spec(f"run.dir={run.path}", "resume=auto"))
-    assert choice.checkpoint == run.checkpoint(100)
+    assert choice.candidates == (run.checkpoint(100), run.checkpoint(50))
 
 
 def test_auto_without_a_folder_takes_the_newest_run_of_that_name(tmp_path):
@@ -88,13 +87,13 @@ def test_a_path_is_resumed_into_a_fresh_folder_unless_it_is_this_run(tmp_path):
 def test_resuming_from_what_is_not_a_run_is_refused(tmp_path):
     for path, message in ((tmp_path, "neither a run folder nor a checkpoint"), (tmp_path / "none", "there is no folder")):
         with pytest.raises(CheckpointError, match=message):
-            folder.checkpoint_at(path)
+            folder.checkpoints_at(path)
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(CheckpointError, match="is a file, not a run folder"):
-        folder.checkpoint_at(file)
+        folder.checkpoints_at(file)
     with pytest.raises(CheckpointError, match=r"has not saved a checkpoint\n.*resume=none"):
-        folder.checkpoint_at(finish(tmp_path / "young").path)
+        folder.checkpoints_at(finish(tmp_path / "young").path)
 
 
 def test_the_spec_of_the_run_that_is_continued_is_kept(tmp_path):

@@ -1,0 +1,89 @@
+"""When and by whom a checkpoint is written: at once, or by a thread while the next steps are taken."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.engine.protocol import Piece
+from orchestrator.train.world import World
+
+Write = Callable[[Iterator[Piece], World], tuple[Path, int]]
+"""Writes the pieces of this rank together with its peers: (the checkpoint, bytes of its tensors over all ranks)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A finished checkpoint: `stall_seconds` training stood still for it, `seconds` passed until it was on the disk."""
+
+    path: Path
+    bytes: int
+    stall_seconds: float
+    seconds: float
+
+
+class Saver:
+    """Saves one checkpoint after another; in the background the next one waits until the last is on the disk.
+
+    In the background the pieces are copied to host memory first, so a rank holds its share of the training state twice there
+    until they are written. `report` is called, by the thread that trains, for each that is finished.
+    """
+
+    def __init__(self, world: World, report: Callable[[Saved], None], *, background: bool) -> None:
+        self._world = world.beside() if background else world
+        self._report, self._background = report, background
+        self._thread: threading.Thread | None = None
+        self._finished: Saved | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, pieces: Iterator[Piece], write: Write) -> None:
+        """Write `pieces`, or copy them and have them written.
+
+        Raises:
+            CheckpointError: this or, in the background, the last save failed; every rank raises.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        if not self._background:
+            path, size = write(pieces, self._world)
+            seconds = time.perf_counter() - begun
+            self._report(Saved(path, size, seconds, seconds))
+            return
+        copies = [piece.copied() for piece in pieces if piece.owned]
+        stall = time.perf_counter() - begun
+
+        def work() -> None:
+            try:
+                path, size = write(iter(copies), self._world)
+                self._finished = Saved(path, size, stall, time.perf_counter() - begun)
+            except BaseException as error:  # carried to the thread that trains
+                self._failure = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Report the save that has been finished meanwhile, if there is one. A failure waits for `wait`, which all ranks
+        reach together."""
+        if self._thread is not None and not self._thread.is_alive() and self._failure is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            CheckpointError: the last save failed.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            self._report(finished)
