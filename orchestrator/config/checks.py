@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, TuningConf, TuningKind, ZeroConf
 from orchestrator.errors import Fault
-from orchestrator.spec import KNOWN_FAMILIES, LINEARS, Cluster, ModelShape
+from orchestrator.spec import KNOWN_FAMILIES, LINEARS, NF4, Cluster, ModelShape, parameters, quantised
+from orchestrator.spec.quant import BLOCK
 from orchestrator.units import align_up
 
 ALL_LINEAR = "all-linear"
@@ -138,7 +139,7 @@ def target_names(tuning: TuningConf) -> tuple[str, ...] | None:
 
 def target_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     """LoRA targets that are no names, or that a known family does not have."""
-    if tuning.kind is not TuningKind.lora:
+    if tuning.kind is TuningKind.full:
         return []
     names, options = target_names(tuning), ", ".join(LINEARS)
     if not names:
@@ -158,9 +159,21 @@ def target_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     return [Fault("tuning.targets", problem, f"valid: {options}, all-linear")]
 
 
+def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
+    """Weights that cannot be packed into blocks of 64."""
+    if tuning.kind is not TuningKind.qlora or shape is None or not shape.known:
+        return []
+    odd = [p for p in quantised(parameters(shape), NF4) if p.quant and p.numel % BLOCK]
+    if not odd:
+        return []
+    size = " × ".join(str(n) for n in odd[0].shape)
+    problem = f"{odd[0].name} has {size} weights, which nf4 cannot divide into blocks of {BLOCK}"
+    return [Fault("tuning", problem, "use tuning=lora, or a model whose layers divide")]
+
+
 def export_faults(merge: bool, kind: TuningKind) -> list[Fault]:
     """Merging adapters that are not there."""
-    if not merge or kind is TuningKind.lora:
+    if not merge or kind is not TuningKind.full:
         return []
     return [Fault("export.merge", "tuning=full has no adapters to fold in", "leave it out, or add tuning=lora")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -92,7 +93,7 @@ def choose_lr(lr: float | None, tuning: TuningKind, tiny: bool) -> float:
         return lr
     if tiny:
         return 3e-3
-    return 2e-4 if tuning is TuningKind.lora else 2e-5
+    return 2e-5 if tuning is TuningKind.full else 2e-4
 
 
 def choose_micro(micro: int | None, share: int, tiny: bool) -> int:
@@ -121,7 +122,10 @@ def _tuning(conf: TuningConf) -> spec.Tuning:
     if conf.kind is TuningKind.full:
         return spec.Tuning(kind="full")
     targets = spec.expand_targets(checks.target_names(conf) or ())
-    return spec.Tuning("lora", rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets)
+    tuning = spec.Tuning(conf.kind.value, rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets)
+    if conf.kind is TuningKind.qlora:
+        return replace(tuning, quant=conf.quant.value, double_quant=conf.double_quant)
+    return tuning
 
 
 def _data(conf: DataConf, seq_len: int) -> spec.Data:
@@ -155,6 +159,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.shape_faults(model.shape),
         *checks.family_faults(model.shape, model.path is None),
         *checks.target_faults(conf.tuning, model.shape),
+        *checks.quant_faults(conf.tuning, model.shape),
         *checks.export_faults(conf.export.merge, conf.tuning.kind),
         *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
     ]

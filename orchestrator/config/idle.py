@@ -12,9 +12,15 @@ Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
 NEEDS: tuple[Need, ...] = (
     (
         ("tuning.rank", "tuning.alpha", "tuning.dropout", "tuning.targets"),
-        lambda conf: conf.tuning.kind is TuningKind.lora,
+        lambda conf: conf.tuning.kind is not TuningKind.full,
         "tuning=full has no adapters",
         "add tuning=lora",
+    ),
+    (
+        ("tuning.quant", "tuning.double_quant"),
+        lambda conf: conf.tuning.kind is TuningKind.qlora,
+        "only tuning=qlora quantises the base",
+        "add tuning=qlora",
     ),
     (
         ("zero.reduce_bucket", "zero.allgather_bucket", "zero.prefetch_bucket", "zero.persistence_threshold",

@@ -32,6 +32,11 @@ class FsdpKind(Enum):
 class TuningKind(Enum):
     full = "full"
     lora = "lora"
+    qlora = "qlora"
+
+
+class Quant(Enum):
+    nf4 = "nf4"
 
 
 class DataSource(Enum):
@@ -138,13 +143,15 @@ class FsdpConf:
 
 @dataclass
 class TuningConf:
-    kind: TuningKind = key(TuningKind.full, "full or lora (set by the group)")
+    kind: TuningKind = key(TuningKind.full, "full, lora or qlora (set by the group)")
     rank: int = key(16, "LoRA: inner size of the adapters")
     alpha: int = key(32, "LoRA: adapters are scaled by alpha / rank")
     dropout: float = key(0.0, "LoRA: share of the adapters' inputs dropped")
     targets: Any = key(
         ["all-linear"], "LoRA: linear layers that get adapters, e.g. [q_proj,v_proj]; all-linear: all of a block"
     )
+    quant: Quant = key(Quant.nf4, "QLoRA: format in which the linear layers of the blocks rest")
+    double_quant: bool = key(True, "QLoRA: quantise the scales of nf4 too; 0.516 instead of 0.563 bytes to a weight")
 
 
 @dataclass
@@ -202,7 +209,7 @@ class DataConf:
 @dataclass
 class OptimizerConf:
     name: OptimizerName = key(OptimizerName.adamw, "which optimizer (set by the group)")
-    lr: float | None = key(None, "peak learning rate; null: 2e-5 for full, 2e-4 for lora, 3e-3 for the tiny model")
+    lr: float | None = key(None, "peak learning rate; null: 2e-5 for full, 2e-4 for lora and qlora, 3e-3 for the tiny model")
     betas: list[float] = key([0.9, 0.999], "decay of the first and second moment")
     eps: float = key(1e-8, "added to the root of the second moment")
     weight_decay: float = key(0.0, "decoupled decay of each weight, times the rate")
@@ -264,7 +271,7 @@ class EvalConf:
 @dataclass
 class ExportConf:
     format: ExportFormat = key(ExportFormat.hf, "hf: a folder that transformers or PEFT loads; none: no export")
-    merge: bool = key(False, "LoRA: also write the model with the adapters folded in")
+    merge: bool = key(False, "LoRA, QLoRA: also write the model with the adapters folded in")
 
 
 @dataclass

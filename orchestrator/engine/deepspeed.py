@@ -22,7 +22,16 @@ from torch import nn
 from orchestrator.data.batch import MicroBatch
 from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
 from orchestrator.engine.census import measure
-from orchestrator.engine.materialize import cast, fill, materialize, without_storage
+from orchestrator.engine.materialize import (
+    StoredWeights,
+    cast,
+    fill,
+    materialize,
+    move_buffers,
+    replace_parameters,
+    scales,
+    without_storage,
+)
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
 from orchestrator.layout import Row, lower
 from orchestrator.spec import Home, RunSpec, Shard
@@ -94,12 +103,16 @@ class DeepSpeedEngine:
         return inner
 
     def building(self) -> AbstractContextManager[object]:
-        if self.shard is not Shard.PARAMETERS:
+        # A layer is quantised after it was made: it has no storage until then, and is divided when the engine adopts it.
+        if self.shard is not Shard.PARAMETERS or self.spec.tuning.form:
             return without_storage()
         return _partitioner(self.deepspeed, self.config, self.compute)
 
     def adopt(self, model: nn.Module, weights: Weights) -> None:
         if self.shard is Shard.PARAMETERS:
+            if self.spec.tuning.form:
+                cast(model, lambda parameter: self.compute)
+                self._partition_modules(model)
             self._fill_partitions(model, weights)
         else:
             cast(model, lambda parameter: self.compute)
@@ -120,14 +133,30 @@ class DeepSpeedEngine:
             self.zero.refresh_fp32_params()
 
     @torch.no_grad()
+    def _partition_modules(self, model: nn.Module) -> None:
+        """What `zero.Init` does while a module is made, for one that was made without storage: each parameter of the base gets
+        storage and is divided, one at a time; adapters stay whole."""
+        partitioner: Any = _partitioner(self.deepspeed, self.config, self.compute)
+        partitioner._enable_mem_efficient_linear()
+
+        def place(parameter: nn.Parameter) -> nn.Parameter:
+            placed = nn.Parameter(torch.empty_like(parameter, device=self.device), parameter.requires_grad)
+            if not parameter.requires_grad:
+                partitioner._zero_init_param(placed)
+            return placed
+
+        replace_parameters(model, place)
+        move_buffers(model, self.device)
+
+    @torch.no_grad()
     def _fill_partitions(self, model: nn.Module, weights: Weights) -> None:
+        weights = StoredWeights(model, weights)
         for name, parameter in model.named_parameters():
             if not hasattr(parameter, "ds_tensor"):  # made outside zero.Init: adapters, still whole
                 parameter.data = weights.read(name, 0, parameter.numel()).view(parameter.shape).to(self.device, self.compute)
                 continue
             start, stop = self._partition(parameter)
-            if stop > start:
-                parameter.ds_tensor.data[: stop - start].copy_(weights.read(name, start, stop))
+            parameter.ds_tensor.data[: stop - start].copy_(weights.read(name, start, stop))
 
     def _partition(self, parameter: Any) -> tuple[int, int]:
         """[start, stop) of this rank's part of the flattened parameter; parts are equal, the last is padded."""
@@ -264,6 +293,7 @@ class DeepSpeedEngine:
             return measure(
                 [
                     ("frozen", strategy.parameter_home, [p.ds_tensor for p in frozen]),
+                    ("scales", Home.GPU, scales(self.model)),
                     (line, strategy.parameter_home, [p.ds_tensor for p in parameters if p.requires_grad]),
                     ("persistent", Home.GPU, [p.data for p in parameters if p.numel()]),
                     ("master", optimizer_home, masters),
@@ -275,6 +305,7 @@ class DeepSpeedEngine:
             )
         rows: list[tuple[str, Home, list[Any]]] = [
             ("frozen", Home.GPU, frozen),
+            ("scales", Home.GPU, scales(self.model)),
             (line, Home.GPU, [p for p in parameters if p.requires_grad]),
             ("master", optimizer_home, masters),
             ("moments", optimizer_home, moments),

@@ -98,11 +98,11 @@ class FsdpEngine:
 
     @torch.no_grad()
     def _fill(self, weights: Weights) -> None:
+        weights = materialize.StoredWeights(self.model, weights)
         for name, parameter in self.model.named_parameters():
             start, count = self._run(parameter)
-            if count:
-                shard = local(parameter)
-                shard.copy_(weights.read(name, start, start + count).view(shard.shape))
+            shard = local(parameter)
+            shard.copy_(weights.read(name, start, start + count).view(shard.shape))
 
     def _run(self, parameter: torch.Tensor) -> tuple[int, int]:
         return _rows_before(cast(DTensor, parameter), self.shard_axis.size(), self.shard_axis.get_local_rank())
@@ -197,6 +197,7 @@ class FsdpEngine:
         return measure(
             [
                 ("frozen", self.home, [p for p in self.model.parameters() if not p.requires_grad]),
+                ("scales", Home.GPU, materialize.scales(self.model)),
                 (line, self.home, trained),
                 ("moments", self.home, moments),
                 ("gradients", self.home, [p.grad for p in self.model.parameters()]),

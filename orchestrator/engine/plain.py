@@ -12,7 +12,7 @@ from torch import nn
 from orchestrator.data.batch import MicroBatch
 from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
 from orchestrator.engine.census import measure
-from orchestrator.engine.materialize import cast, fill, materialize, without_storage
+from orchestrator.engine.materialize import cast, fill, materialize, scales, without_storage
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
 from orchestrator.engine.scaling import LossScale
 from orchestrator.layout import Row
@@ -133,6 +133,7 @@ class PlainEngine:
         return measure(
             [
                 ("frozen", Home.GPU, [p for p in self.model.parameters() if not p.requires_grad]),
+                ("scales", Home.GPU, scales(self.model)),
                 (line, Home.GPU, [p for _, p in self._trained()]),
                 ("master", Home.GPU, masters),
                 ("moments", Home.GPU, moments),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,6 +22,19 @@ class Weights(Protocol):
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter `name`, one-dimensional, on the CPU, in the source's dtype."""
+        ...
+
+
+@runtime_checkable
+class PackedLayer(Protocol):
+    """A module whose `weight` is not the values that are read for it but a packed tensor, with scales in buffers."""
+
+    def pack(self, read: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the packed weight, flat; the scales are set. `read(first, last)` gives the values."""
+        ...
+
+    def scales(self) -> list[torch.Tensor]:
+        """The buffers beside the weight."""
         ...
 
 

@@ -7,7 +7,19 @@ from typing import Any
 
 from orchestrator.layout import deepspeed, fsdp, plain
 from orchestrator.layout.rows import LOADED, STEPPED, Buffer, Layout, Row, check_census, merge
-from orchestrator.spec import Batch, Engine, Parameter, RunSpec, Strategy, parameters, with_lora
+from orchestrator.spec import (
+    Batch,
+    Engine,
+    Home,
+    Parameter,
+    RunSpec,
+    Strategy,
+    parameters,
+    quantised,
+    scale_elements,
+    stored,
+    with_lora,
+)
 
 __all__ = [
     "LOADED", "STEPPED", "Buffer", "Layout", "Row", "accelerate_config", "check_census", "lay_out", "lower", "merge",
@@ -22,13 +34,15 @@ def parameter_table(spec: RunSpec) -> tuple[Parameter, ...] | None:
     shape = spec.model.shape
     if shape is None or not shape.known:
         return None
-    table = parameters(shape)
-    return with_lora(table, spec.tuning.rank, spec.tuning.targets) if spec.tuning.kind == "lora" else table
+    table = quantised(parameters(shape), spec.tuning.form)
+    return with_lora(table, spec.tuning.rank, spec.tuning.targets) if spec.tuning.adapters else table
 
 
 def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
     """The Layout of rank `rank` for the parameters in `table` (from `parameter_table` or from the module itself)."""
     strategy, compute = spec.strategy, spec.precision.compute
+    scales = tuple(Row("scales", dtype, Home.GPU, count) for dtype, count in scale_elements(table).items())
+    table = stored(table, compute)
     if strategy.engine is Engine.DEEPSPEED:
         host_computes = spec.cluster.card.name == "cpu"
         rows = deepspeed.rows(strategy, table, compute, spec.batch.accumulation, rank, host_computes)
@@ -38,7 +52,7 @@ def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
         moving = fsdp.buffers(strategy, table, compute)
     else:
         rows, moving = plain.rows(table, compute), plain.buffers(table, compute)
-    return Layout(rank, strategy.ranks, rows, moving)
+    return Layout(rank, strategy.ranks, (*rows, *scales), moving)
 
 
 def lower(spec: RunSpec) -> dict[str, Any]:

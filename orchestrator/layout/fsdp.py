@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.layout.rows import STEPPED, Buffer, Row
+from orchestrator.layout.rows import STEPPED, Buffer, Row, quantisation
 from orchestrator.spec import ROOT, Batch, Engine, Home, Parameter, RunSpec, Shard, Strategy
 from orchestrator.units import ceil_div, dtype_bytes
 
@@ -87,6 +87,7 @@ def lower(spec: RunSpec) -> dict[str, Any]:
             "accumulation": spec.batch.accumulation,
         },
         "gradient_clipping": spec.optimizer.clip,
+        **quantisation(spec),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.layout.rows import STEPPED, Buffer, Row
+from orchestrator.layout.rows import STEPPED, Buffer, Row, quantisation
 from orchestrator.spec import Batch, Engine, Home, Parameter, RunSpec, Shard, Strategy
 from orchestrator.units import dtype_bytes
 
@@ -50,6 +50,7 @@ def lower(spec: RunSpec) -> dict[str, Any]:
             "accumulation": spec.batch.accumulation,
         },
         "gradient_clipping": spec.optimizer.clip,
+        **quantisation(spec),
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from orchestrator.errors import Fault, LayoutDrift
 from orchestrator.ledger import Entry, Ledger
-from orchestrator.spec import Home
+from orchestrator.spec import Home, RunSpec
 from orchestrator.units import dtype_bytes, format_bytes
 
 LOADED = "load"
@@ -18,7 +19,7 @@ STEPPED = "step"
 class Row:
     """One tensor class at rest on one rank.
 
-    `line` is its name in every table: frozen, weights, adapters, master, gradients, moments, bucket, staging.
+    `line` is its name in every table: frozen, scales, weights, adapters, master, gradients, moments, bucket, staging.
     `elements` are those of the storages on this rank, of which `padding` belong to no parameter. `shards` is the number
     of ranks that hold different parts (1 = every rank holds all). `since` "load": from adoption on; "step": from the
     first optimizer step on.
@@ -79,6 +80,14 @@ class Layout:
         rest = [Entry(row.since, row.line, str(row.home), row.bytes) for row in self.rows if row.elements]
         moving = [Entry(phase, b.line, str(b.home), b.bytes) for b in self.buffers for phase in b.phases if b.bytes]
         return Ledger(self.rank, tuple(rest + moving))
+
+
+def quantisation(spec: RunSpec) -> dict[str, Any]:
+    """What a policy says of a quantised base, nothing of another: its format, and the dtype that its packed weights pass for.
+    That is the compute dtype, so that no engine has anything to cast."""
+    if not spec.tuning.form:
+        return {}
+    return {"quantised": {"format": spec.tuning.form, "storage_dtype": spec.precision.compute}}
 
 
 def merge(rows: Iterable[Row]) -> dict[tuple[str, str, Home], int]:

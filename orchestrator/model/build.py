@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,16 @@ from torch import nn
 
 from orchestrator.errors import Fault, ModelError
 from orchestrator.model.location import resolve
+from orchestrator.model.quantised import QuantisedLinear, quantise_linears
 from orchestrator.spec import ROOT, Parameter, RunSpec, to_json
 from orchestrator.units import TORCH_NAMES
 
 _BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+
+
+def in_block(name: str) -> bool:
+    """Whether the module called `name` lies in a transformer block."""
+    return _BLOCK.search(f".{name}.") is not None
 
 
 def architecture(spec: RunSpec) -> Any:
@@ -61,7 +68,9 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
         # The newer name where transformers has it, as the older one is deprecated there.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    if spec.tuning.kind == "lora":
+    if spec.tuning.form:
+        quantise_linears(model, in_block, spec)
+    if spec.tuning.adapters:
         model = _with_adapters(model, spec)
     return model
 
@@ -93,11 +102,19 @@ def _with_adapters(model: Any, spec: RunSpec) -> Any:
 
 
 def table_of(model: nn.Module) -> tuple[Parameter, ...]:
-    """The parameters of a built module, with global shapes whatever the engine did to them."""
+    """The parameters of a built module, with global shapes whatever the engine did to them; a quantised weight has that of its
+    values."""
     table = []
+    packed = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
     for name, parameter in model.named_parameters():
+        if name in packed:
+            table.append(replace(packed[name].values, name=name, block=_block_of(name)))
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        match = _BLOCK.search(f".{name}")
-        block = int(match.group(1)) if match else ROOT
-        table.append(Parameter(name, shape, block, parameter.requires_grad, "lora_" in name))
+        table.append(Parameter(name, shape, _block_of(name), parameter.requires_grad, "lora_" in name))
     return tuple(table)
+
+
+def _block_of(name: str) -> int:
+    match = _BLOCK.search(f".{name}")
+    return int(match.group(1)) if match else ROOT

@@ -16,6 +16,7 @@ from orchestrator.data.batch import MicroBatch
 from orchestrator.engine.census import watched
 from orchestrator.engine.protocol import Engine, Weights
 from orchestrator.layout import LOADED, STEPPED, check_census, lay_out
+from orchestrator.model.quantised import dynamic_values
 from orchestrator.planner.tracer import Tracer
 from orchestrator.spec import Export, Parameter, RunSpec
 
@@ -42,6 +43,8 @@ class Performance:
         import peft  # noqa: F401  (its import makes tensors that live as long as the process; they are not the run's)
 
         tracer, spec = self.tracer, self.spec
+        if spec.tuning.form:
+            dynamic_values()
         with tracer:
             tracer.enter_phase("load")
             engine = self.make()

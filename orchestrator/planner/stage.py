@@ -38,7 +38,7 @@ class FakePerformance(Performance):
         return engine
 
     def build(self, engine: Engine) -> nn.Module:
-        if self.zero and self.spec.strategy.shard is Shard.PARAMETERS:
+        if self.zero and self.spec.strategy.shard is Shard.PARAMETERS and not self.spec.tuning.form:
             return super().build(engine)  # zero.Init shards each parameter as it is made: it must be fake from the start
         with unset_fake_temporarily():
             module = models.build(self.spec, engine.building())

@@ -52,13 +52,17 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One tensor of the model as `named_parameters()` lists it: global `shape`, and the `block` (layer index) it lies in."""
+    """One tensor of the model as `named_parameters()` lists it: global `shape`, and the `block` (layer index) it lies in.
+
+    `quant` is the format that it rests in (see `spec.quant`), "" as it is; `shape` is that of its values all the same.
+    """
 
     name: str
     shape: tuple[int, ...]
     block: int
     trainable: bool = True
     adapter: bool = False
+    quant: str = ""
 
     @property
     def numel(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.spec.cluster import Cluster
 from orchestrator.spec.model import ModelShape
+from orchestrator.spec.quant import NF4, NF4_DOUBLE
 from orchestrator.spec.strategy import Strategy
 
 
@@ -30,13 +31,30 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """`kind` "full" or "lora"; `targets` are module names, "all-linear" already expanded."""
+    """`kind` "full", "lora" or "qlora"; `targets` are module names, "all-linear" already expanded.
+
+    `quant` "nf4" or "none": how the frozen linear layers rest under "qlora"; `double_quant`: their scales quantised too.
+    """
 
     kind: str
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
+    quant: str = "none"
+    double_quant: bool = False
+
+    @property
+    def adapters(self) -> bool:
+        """Whether low-rank adapters are trained beside a frozen base."""
+        return self.kind in ("lora", "qlora")
+
+    @property
+    def form(self) -> str:
+        """The format of `spec.quant` that linear layers rest in, "" as they are."""
+        if self.kind != "qlora":
+            return ""
+        return NF4_DOUBLE if self.double_quant else NF4
 
 
 @dataclass(frozen=True, slots=True)

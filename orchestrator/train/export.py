@@ -21,6 +21,9 @@ SHARD_BYTES = 2 * 10**9
 CHECKSUMS = "checksums.json"
 """Beside every model and adapter of an export: what its tensors were when they were gathered."""
 
+QUANTISATION = "quantization.json"
+"""Beside the adapter of a quantised base: how to quantise it, as the arguments of transformers' BitsAndBytesConfig."""
+
 WRAPPER = "base_model.model."
 _ADAPTER = ".default.weight"
 
@@ -150,6 +153,17 @@ def write_adapter(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], con
     config.inference_mode = True
     config.save_pretrained(folder)
     return {name: checksum(tensor) for name, tensor in adapters.items()}
+
+
+def write_quantisation(folder: Path, double: bool, compute: torch.dtype) -> None:
+    """State in `folder` that the adapter was trained on a base in NF4."""
+    arguments = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": str(compute).removeprefix("torch."),
+    }
+    (folder / QUANTISATION).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
 def merged(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from orchestrator.engine.protocol import Engine, Weights
+from orchestrator.model.quantised import rounded
 from orchestrator.spec import Parameter, RunSpec
 from orchestrator.train import export
 from orchestrator.train.export import Checksums, Source
@@ -22,7 +23,8 @@ from orchestrator.units import TORCH_NAMES
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """Everything an export is made from besides the trained tensors. `table` is the module's, `weights` the initial ones."""
+    """Everything an export is made from besides the trained tensors. `table` is the module's, `weights` the initial ones.
+    `trained`: token ids and the trained model's logits for them, that a merged model is held to."""
 
     spec: RunSpec
     world: World
@@ -30,6 +32,7 @@ class Publisher:
     table: Sequence[Parameter]
     weights: Weights
     tokenizer: Any
+    trained: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -73,12 +76,14 @@ class Publisher:
         base = str((final / "base").resolve()) if spec.model.path is None else _absolute(spec.model.path)
         self._note(waiting, export.write_adapter(waiting, adapters.items(), self.source.adapter, base))
         self.tokenizer.save_pretrained(waiting)
+        if spec.tuning.form:
+            export.write_quantisation(waiting, spec.tuning.double_quant, self._dtype)
         if spec.model.path is None:
             (waiting / "base").mkdir()
             self._note(waiting / "base", self._write_model(waiting / "base", self._base_tensors()))
         if spec.export.merge:
             (waiting / "merged").mkdir()
-            whole = export.merged(self._base_tensors(), adapters, self._scaling)
+            whole = export.merged(self._base_tensors(as_trained=True), adapters, self._scaling)
             self._note(waiting / "merged", self._write_model(waiting / "merged", whole))
 
     def _write_model(self, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Checksums:
@@ -97,15 +102,20 @@ class Publisher:
     def _scaling(self) -> float:
         return self.spec.tuning.alpha / self.spec.tuning.rank
 
-    def _base_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The base model's tensors under their own names in the compute dtype, one at a time, as they were loaded."""
+    def _base_tensors(self, *, as_trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """The base model's tensors under their own names in the compute dtype, one at a time, as they were loaded;
+        `as_trained`: quantised ones as the adapters have known them, dequantised."""
         for parameter in self.table:
             if not parameter.adapter:
                 flat = self.weights.read(parameter.name, 0, math.prod(parameter.shape))
-                yield export.base_name(parameter.name), flat.view(parameter.shape).to(self._dtype)
+                tensor = flat.view(parameter.shape).to(self._dtype)
+                if as_trained and parameter.quant:
+                    tensor = rounded(tensor, parameter.quant, self.world.device)
+                yield export.base_name(parameter.name), tensor
 
-    def confirm(self, waiting: Path, folder: Path) -> Path:
-        """Reopen what `write` left with transformers or PEFT, compare every tensor, and rename it to `folder`.
+    def confirm(self, waiting: Path, folder: Path) -> tuple[Path, str | None]:
+        """(`folder`, how far the merged model is from the trained one). Reopens what `write` left with transformers or PEFT,
+        compares every tensor, and renames it to `folder`.
 
         An older export of the run is kept as `export.old`, `export.old2`, …. Call it on rank 0 when the engine is closed.
 
@@ -114,7 +124,13 @@ class Publisher:
         """
         from orchestrator.train import reopen
 
-        reopen.check(waiting, trust_remote_code=self.spec.model.trust_remote_code)
+        trust = self.spec.model.trust_remote_code
+        reopen.check(waiting, trust_remote_code=trust)
+        merge: str | None = None
+        if self.trained is not None:
+            ids, expected = self.trained
+            found = reopen.logits_of(waiting / "merged", ids, trust)
+            merge = difference(found, expected)
         if folder.exists():
             aside, number = folder.with_name(f"{folder.name}.old"), 1
             while aside.exists():
@@ -122,7 +138,17 @@ class Publisher:
                 aside = folder.with_name(f"{folder.name}.old{number}")
             folder.rename(aside)
         waiting.rename(folder)
-        return folder
+        return folder, merge
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """How far two sets of logits (… × vocabulary) are apart, beside how far they spread, in one line."""
+    apart, spread = (found - expected).abs(), float(expected.std())
+    same = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    return (
+        f"its logits are {float(apart.mean()):.2g} from the trained model's on average, {float(apart.max()):.2g} at most, "
+        f"where they spread by {spread:.2g}; the likeliest token is the same in {same:.0%}"
+    )
 
 
 def _absolute(path: str) -> str:

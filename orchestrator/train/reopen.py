@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from orchestrator.errors import CheckpointError, Fault
-from orchestrator.train.export import CHECKSUMS, compare, end_tokens
+from orchestrator.model.build import in_block
+from orchestrator.model.quantised import quantise_loaded
+from orchestrator.spec import NF4, NF4_DOUBLE
+from orchestrator.train.export import CHECKSUMS, QUANTISATION, compare, end_tokens
 
 
 def quiet() -> None:
@@ -32,6 +35,14 @@ def base_of(folder: Path) -> str:
     if (folder / "base" / "config.json").is_file():
         return str(folder / "base")
     return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def quantisation_of(folder: Path) -> dict[str, Any]:
+    """How the base of the adapter in `folder` was quantised in training, as transformers' BitsAndBytesConfig names it; empty
+    where it was not."""
+    file = folder / QUANTISATION
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def check(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -83,6 +94,18 @@ def _hollow(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(element, requires_grad=False)
 
 
+@torch.no_grad()
+def logits_of(folder: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
+    """The logits in fp32 that the model in `folder` gives for `ids`, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
 def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer) of the export in `folder`, adapters on their base.
 
@@ -96,7 +119,12 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
         problem = f"{folder} holds neither a model nor an adapter"
         raise CheckpointError(Fault("run", problem, "name a run folder whose run has finished with export.format=hf"))
     source = base_of(folder) if is_adapter(folder) else str(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code)
+    base = quantisation_of(folder)
+    dtype = base["bnb_4bit_compute_dtype"] if base else "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    if base:
+        # Not bitsandbytes' own layer: its kernel for the CPU is wrong where a row is no multiple of the block.
+        quantise_loaded(model, in_block, NF4_DOUBLE if base["bnb_4bit_use_double_quant"] else NF4)
     if is_adapter(folder):
         from peft import PeftModel
 

@@ -8,7 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from orchestrator.train.log import open_log, quiet_libraries
 from orchestrator.train.loop import Ending, Loop
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics, drop_after, open_tracker
+from orchestrator.train.probe import Probe, probe_ids
 from orchestrator.train.publish import Publisher
 from orchestrator.train.resume import Reader, changes, check_run, check_tensors, first_sound
 from orchestrator.train.saving import Saved, Saver
@@ -68,8 +69,10 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     same: dict[str, Any] = {"model": spec.model.name, "tuning": spec.tuning.kind, "seed": spec.seed}
     if spec.model.shape is not None:
         same |= {f"model.{name}": value for name, value in to_json(spec.model.shape).items()}
-    if spec.tuning.kind == "lora":
+    if spec.tuning.adapters:
         same |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}
+    if spec.tuning.form:
+        same |= {"tuning.quant": spec.tuning.quant, "tuning.double_quant": spec.tuning.double_quant}
     return same
 
 
@@ -104,6 +107,7 @@ class Run:
         self._expected_bytes = 0
         self._metrics: Metrics | None = None
         self._saver: Saver | None = None
+        self._probe = Probe(loss_sum)
 
     def execute(self, on_open: Callable[[RunFolder], None] = lambda folder: None) -> Outcome:
         """Train to the last step, save, export, and account for the memory. `on_open` learns of the folder once it is there.
@@ -131,6 +135,8 @@ class Run:
                 self._account(None)
             publisher = Publisher(self.spec, self.world, source, self._table, weights, tokenizer)
             wanted = self.spec.export.format != "none" and not stopped
+            if wanted and self.spec.export.merge:
+                publisher = replace(publisher, trained=self._logits(engine))
             waiting = publisher.write(engine, self._folder.export) if wanted else None
         del engine, model
         published = self._confirm(publisher, waiting)
@@ -216,7 +222,7 @@ class Run:
     def _adopt(self) -> tuple[Engine, nn.Module, Source, Any]:
         """Build the module inside the engine's context, hand it over, and hold the live tensors to the layout."""
         spec, world = self.spec, self.world
-        engine = make(spec, world.device, loss_sum)
+        engine = make(spec, world.device, self._probe)
         model = build(spec, engine.building())
         source = Source.of(model)
         self._table = table_of(model)
@@ -321,6 +327,12 @@ class Run:
         size = format_bytes(saved.bytes)
         self.display.note(f"saved    {saved.path} ({size} in {format_seconds(saved.seconds)}{stalled})")
 
+    def _logits(self, engine: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token ids, logits of the trained model for them)."""
+        embedding = next(p for p in self._table if p.block < 0 and len(p.shape) == 2)
+        ids = probe_ids(embedding.shape[0], self.spec.seed)
+        return ids, self._probe.logits(engine, ids)
+
     def _remember(self, step: int, ranks: list[Memory]) -> None:
         self._account(ranks)
         if self._saver is not None:
@@ -345,8 +357,10 @@ class Run:
     def _confirm(self, publisher: Publisher, waiting: Path | None) -> Path | None:
         if waiting is None:
             return None
-        path = self.world.on_first(lambda: publisher.confirm(waiting, self._folder.export))
+        path, merge = self.world.on_first(lambda: publisher.confirm(waiting, self._folder.export))
         self.display.note(f"export   {path}, reopened and compared")
+        if merge is not None:
+            self.display.note(f"merged   {merge}")
         return path
 
 

@@ -78,6 +78,14 @@ REFUSALS = [
     ("model.path=/nowhere/model", 1, ["no folder /nowhere/model", "config.json"]),
     ("export.merge=true", 1, ["no adapters to fold in", "tuning=lora"]),
     # keys that nothing reads
+    ("tuning=lora tuning.double_quant=false", 1, ["tuning.double_quant: would have no effect", "add tuning=qlora"]),
+    ("tuning=qlora tuning.quant=fp4", 1, ["fp4", "nf4"]),
+    ("tuning=qlora tuning.targets=[c_attn]", 1, ["llama has no linear layer c_attn"]),
+    (
+        "tuning=qlora model.hidden_size=36 model.head_dim=6 model.num_attention_heads=6 model.num_key_value_heads=6",
+        1,
+        ["self_attn.q_proj.weight has 36 × 36 weights", "blocks of 64", "use tuning=lora"],
+    ),
     ("tuning.rank=4", 1, ["tuning.rank: would have no effect", "add tuning=lora"]),
     ("zero.overlap_comm=false", 1, ["zero.overlap_comm: would have no effect", "zero=stage3"]),
     ("fsdp=full_shard fsdp.shard_size=1", 1, ["would have no effect", "fsdp=hybrid_shard"]),

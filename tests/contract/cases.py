@@ -22,6 +22,15 @@ SHORT_STEP = 2
 """In this step only three samples are real: whole micro-batches of some ranks learn nothing."""
 
 
+TUNINGS = {
+    "full": s.Tuning("full"),
+    "lora": s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj")),
+    "nf4": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="nf4"),
+    "nf4x2": s.Tuning("qlora", rank=4, alpha=8, targets=s.LINEARS, quant="nf4", double_quant=True),
+}
+QUANTISED = ("nf4", "nf4x2")
+
+
 @dataclass(frozen=True)
 class Case:
     strategy: str
@@ -40,11 +49,18 @@ def all_cases(ranks: int) -> list[Case]:
     on one, whatever starts."""
     names = strategies(ranks)
     if ranks == 1:
-        return [Case(name, *rest, 1) for name, rest in itertools.product(names, (("full", "fp32"), ("lora", "bf16")))]
+        alone = [Case(name, *rest, 1) for name, rest in itertools.product(names, (("full", "fp32"), ("lora", "bf16")))]
+        return alone + [Case(name, "nf4x2", "fp32", 1) for name in ("zero2", "zero3", "full_shard")]
     if ranks == 2:
         half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
         whole = [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
-        return whole + [Case(name, tuning, "fp16", 1) for name, tuning in half]
+        packed = [Case(name, "nf4x2", "fp32", 1) for name in names]
+        packed += [
+            Case(name, *rest)
+            for name in ("zero2", "zero3", "full_shard")
+            for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4))
+        ]
+        return whole + packed + [Case(name, tuning, "fp16", 1) for name, tuning in half]
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
     return plain + [
         Case(name, "full", "fp32", 1, tied=True) for name in ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")
@@ -58,12 +74,11 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
     batch = s.Batch(GLOBAL_SIZE, micro, case.accumulation)
     if strategy.engine is s.Engine.PLAIN:
         batch = s.Batch(GLOBAL_SIZE, GLOBAL_SIZE, 1)
-    lora = s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
     card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
     return s.RunSpec(
         run=s.Run(None, STEPS, 1), seed=SEED,
         model=s.Model("small", None, False, replace(SHAPE, tie_word_embeddings=case.tied)),
-        tuning=lora if case.tuning == "lora" else s.Tuning("full"), strategy=strategy, batch=batch,
+        tuning=TUNINGS[case.tuning], strategy=strategy, batch=batch,
         data=s.Data(None, 32), optimizer=s.Optimizer("adamw", lr=2e-3, weight_decay=0.01, clip=0.5),
         schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),

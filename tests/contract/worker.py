@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import GLOBAL_SIZE, STEPS, Case, all_cases, deal, labelled, run_spec
+from cases import GLOBAL_SIZE, QUANTISED, STEPS, Case, all_cases, deal, labelled, run_spec
 from strategies import strategies
 
 from orchestrator import engine as engines
@@ -79,7 +79,7 @@ def run(case: Case, rank: int, ranks: int) -> dict[str, Any]:
         again.load(saved[0], saved[1])
         result["resumed"] = advance(again, spec, range(2, STEPS), rank, ranks, reduce=True)
         again.close()
-        if case.tuning == "full":
+        if case.tuning in ("full", *QUANTISED):
             result["moved"] = move(case, saved, rank, ranks)
     return result
 

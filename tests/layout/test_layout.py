@@ -59,6 +59,17 @@ def test_what_is_lowered_reads_back_as_it_was(ranks: int) -> None:
 @pytest.mark.parametrize("name", [*strategies(4), "plain"])
 def test_golden_lowering(name: str) -> None:
     spec = replace(spec_of("zero1"), strategy=Strategy(Engine.PLAIN, Shard.NONE)) if name == "plain" else spec_of(name)
+    hold(name, spec)
+
+
+@pytest.mark.parametrize("name", ["full_shard", "plain"])
+def test_golden_lowering_of_a_quantised_base(name: str) -> None:
+    spec = spec_of("zero1" if name == "plain" else name, "nf4x2")
+    hold(f"{name}_nf4x2", replace(spec, strategy=Strategy(Engine.PLAIN, Shard.NONE)) if name == "plain" else spec)
+
+
+def hold(name: str, spec: Any) -> None:
+    """Compare the lowering with its pinned file, or write that."""
     path = GOLDEN / f"{name}.json"
     text = json.dumps(lower(spec), indent=2) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -99,6 +110,20 @@ def test_padding_and_rank_decide_the_rows() -> None:
     assert [row.elements for row in first.rows] == [0, 65 * 48, 2 * 65 * 48]
     assert [row.elements for row in last.rows] == [0, 65 * 48, 2 * 62 * 48]
     assert last.rows[1].padding == 3 * 48
+
+
+def test_a_quantised_base_rests_packed_and_its_scales_whole() -> None:
+    """q_proj of 48 × 48: 2304 weights of half a byte are 288 elements of fp32 in 4 parts; 36 scales of a byte are on each rank,
+    with a table of 256 values, the scale of their one block and their mean."""
+    for name, ranks in (("zero2", 1), ("zero3", 4), ("full_shard", 4)):
+        spec = spec_of(name, "nf4x2", "fp32")
+        table = parameter_table(spec)
+        assert table is not None
+        query = next(p for p in table if p.name.endswith("q_proj.base_layer.weight"))
+        assert (query.shape, query.quant) == ((48, 48), "nf4-double")
+        held = {(row.line, row.dtype): row for row in lay_out(spec, [query, *(p for p in table if p.trainable)]).rows}
+        assert (held["frozen", "fp32"].elements, held["frozen", "fp32"].shards) == (288 // ranks, ranks)
+        assert (held["scales", "uint8"].elements, held["scales", "fp32"].elements) == (36, 256 + 1 + 1)
 
 
 def test_states_shrink_with_the_stage() -> None:

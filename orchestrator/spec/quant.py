@@ -1,0 +1,56 @@
+"""Quantised weights: what rests of a parameter that is stored in fewer bits, to the element.
+
+NF4 (arXiv:2305.14314, section 3): 4 bits to a weight and one absolute maximum to a block of 64, over the flattened tensor.
+Double quantisation keeps these maxima in 8 bits, in blocks of 256, with their mean and a table of 256 values
+(bitsandbytes/functional.py, quantize_4bit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator.spec.model import LINEARS, ROOT, Parameter
+from orchestrator.units import ceil_div, dtype_bytes
+
+NF4, NF4_DOUBLE = "nf4", "nf4-double"
+
+BLOCK, NESTED_BLOCK, NESTED_VALUES = 64, 256, 256
+
+
+def quantised(table: Sequence[Parameter], form: str) -> tuple[Parameter, ...]:
+    """The base model's table with every linear layer of its blocks in `form`; embeddings, norms, biases and head stay."""
+    if not form:
+        return tuple(table)
+
+    def rests(parameter: Parameter) -> bool:
+        module, _, leaf = parameter.name.rpartition(".")
+        return parameter.block != ROOT and leaf == "weight" and module.rpartition(".")[2] in LINEARS
+
+    return tuple(replace(p, quant=form) if rests(p) else p for p in table)
+
+
+def stored_shape(parameter: Parameter, compute: str) -> tuple[int, ...]:
+    """The shape of the tensor that holds `parameter` at rest. Packed weights are kept in the compute dtype, whatever their bits
+    mean: FSDP2 casts a group, and ZeRO a model, to one dtype."""
+    if not parameter.quant:
+        return parameter.shape
+    return (parameter.numel // (2 * dtype_bytes(compute)), 1)
+
+
+def stored(table: Sequence[Parameter], compute: str) -> tuple[Parameter, ...]:
+    """The table with the shapes at rest; what a strategy divides and gathers is counted in these elements."""
+    return tuple(replace(p, shape=stored_shape(p, compute), quant="") if p.quant else p for p in table)
+
+
+def scale_elements(table: Sequence[Parameter]) -> dict[str, int]:
+    """Elements by dtype of the scales beside the quantised weights; every rank holds all of them."""
+    found: dict[str, int] = {}
+    for parameter in table:
+        blocks = ceil_div(parameter.numel, BLOCK)
+        if parameter.quant == NF4:
+            found["fp32"] = found.get("fp32", 0) + blocks
+        elif parameter.quant == NF4_DOUBLE:
+            found["uint8"] = found.get("uint8", 0) + blocks
+            found["fp32"] = found.get("fp32", 0) + NESTED_VALUES + ceil_div(blocks, NESTED_BLOCK) + 1
+    return found
