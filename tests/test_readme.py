@@ -126,11 +126,21 @@ def layout_of(strategy: str, tuning: str) -> tuple[Layout, int]:
     """The Layout that a row of the README's table is about, and the parameters of its base model."""
     cluster = "1xa10" if strategy == "zero=none" else "4xa10"
     size = 1 if strategy == "zero=none" else 4
-    fixed = ["model=llama3_8b", f"cluster={cluster}", "precision=bf16", f"batch.global_size={size}", f"tuning={tuning}"]
-    spec = compose([*fixed, *strategy.split()])
+    fixed = ["model=llama3_8b", f"cluster={cluster}", "precision=bf16", f"batch.global_size={size}"]
+    spec = compose([*fixed, *strategy.split(), *tuning.split()])
     table = parameter_table(spec)
     assert table is not None
     return lay_out(spec, table), sum(p.numel for p in table if not p.adapter)
+
+
+TUNINGS = re.findall(r"^\| `(tuning=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("tuning", "cells"), TUNINGS)
+def test_the_table_of_what_is_trained_is_the_layouts(tuning: str, cells: str) -> None:
+    strategies = ("zero=none", "zero=stage2", "zero=stage3", "fsdp=full_shard")
+    expected = [f"{layout_of(name, tuning)[0].rest_bytes(Home.GPU) / GIB:.1f}" for name in strategies]
+    assert [cell.strip() for cell in cells.split("|")][1:5] == expected
 
 
 ROWS = re.findall(r"^\| `((?:zero|fsdp)=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
@@ -144,8 +154,8 @@ def test_the_table_has_every_strategy() -> None:
 
 @pytest.mark.parametrize(("strategy", "cells"), ROWS)
 def test_the_table_of_strategies_is_the_layouts(strategy: str, cells: str) -> None:
-    full, parameters = layout_of(strategy, "full")
-    lora, _ = layout_of(strategy, "lora")
+    full, parameters = layout_of(strategy, "tuning=full")
+    lora, _ = layout_of(strategy, "tuning=lora")
     expected = [
         f"{full.rest_bytes(Home.GPU) / parameters:.2f}",
         f"{full.rest_bytes(Home.GPU) / GIB:.1f}",

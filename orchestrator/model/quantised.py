@@ -16,11 +16,8 @@ from torch import nn
 
 from orchestrator.errors import Fault, ModelError
 from orchestrator.spec import NF4_DOUBLE, Parameter, RunSpec, stored_shape
-from orchestrator.spec.quant import BLOCK, NESTED_BLOCK, NESTED_VALUES
+from orchestrator.spec.quant import BLOCK, NESTED_BLOCK, NESTED_VALUES, RUN
 from orchestrator.units import SHORT_NAMES, TORCH_NAMES, ceil_div
-
-RUN = 2**24
-"""Weights that are read, cast and quantised at once: 32 MiB in half precision. A multiple of every block."""
 
 Read = Callable[[int, int], torch.Tensor]
 

@@ -53,12 +53,18 @@ def shorter_samples(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
 
 
 def adapters(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
-    """Adapters instead of all weights, under every strategy."""
-    if spec.tuning.kind == "full" and spec.model.shape is not None and spec.model.shape.known:
-        lora = replace(spec, tuning=Tuning("lora", targets=LINEARS))
-        yield "tuning=lora", lora
-        for words, other in (*other_strategies(lora), *both(lora)):
-            yield f"tuning=lora {words}", other
+    """Adapters instead of all weights, and a base in 4 bits instead of 16, under every strategy."""
+    if spec.tuning.form or spec.model.shape is None or not spec.model.shape.known:
+        return
+    tunings = [replace(spec.tuning, kind="qlora", quant="nf4", double_quant=True)]
+    if not spec.tuning.adapters:
+        lora = Tuning("lora", targets=LINEARS)
+        tunings = [lora, replace(lora, kind="qlora", quant="nf4", double_quant=True)]
+    for tuning in tunings:
+        other = replace(spec, tuning=tuning)
+        yield f"tuning={tuning.kind}", other
+        for words, further in (*other_strategies(other), *both(other)):
+            yield f"tuning={tuning.kind} {words}", further
 
 
 def _tried(spec: RunSpec, plan: Plan, changes: Iterator[tuple[str, RunSpec]], table: Sequence[Parameter]) -> list[Fix]:

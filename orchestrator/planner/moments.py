@@ -13,8 +13,9 @@ from orchestrator.layout import Layout, lay_out
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner.activations import FP32, OURS, Activations, LossCode, activations
 from orchestrator.planner.device import overhead
-from orchestrator.spec import ROOT, Engine, Home, ModelShape, Parameter, RunSpec, Shard
-from orchestrator.units import dtype_bytes
+from orchestrator.spec import NF4_DOUBLE, ROOT, Engine, Home, ModelShape, Parameter, RunSpec, Shard, stored
+from orchestrator.spec.quant import BLOCK, RUN
+from orchestrator.units import ceil_div, dtype_bytes
 
 GPU = str(Home.GPU)
 
@@ -126,6 +127,25 @@ def _gathering(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
     return groups.get(ROOT, 0) * c, max((numel for block, numel in groups.items() if block != ROOT), default=0) * c
 
 
+def _unpacked(spec: RunSpec, table: Sequence[Parameter]) -> int:
+    """Bytes of the largest quantised weight, unpacked for its product, and of its scales in fp32 where they are quantised too
+    (model/quantised.py dequantised)."""
+    packed = [p for p in table if p.quant]
+    if not packed:
+        return 0
+    largest = max(p.numel for p in packed)
+    scales = ceil_div(largest, BLOCK) * FP32 if packed[0].quant == NF4_DOUBLE else 0
+    return largest * dtype_bytes(spec.precision.compute) + scales
+
+
+def _quantising(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
+    """What is alive while a weight is packed: a run of its values, its packed part, and its scales in fp32."""
+    largest = max((p.numel for p in table if p.quant), default=0)
+    run = min(largest, RUN) * dtype_bytes(spec.precision.compute)
+    kept = largest // 2 // (spec.strategy.dp_shard if spec.strategy.shard is Shard.PARAMETERS else 1)
+    return {"unpacked": run + kept + ceil_div(largest, BLOCK) * FP32} if largest else {}
+
+
 def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     """One whole tensor at a time is gathered for the export (engine.full_tensors); FSDP2's is fp32, and is cast."""
     strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
@@ -143,6 +163,9 @@ def card_moments(
 ) -> tuple[Moment, ...]:
     """What the card of rank `rank` holds at each instant, in the order of a run, optimizer states present (second step on)."""
     layout = lay_out(spec, table, rank)
+    unpacked = _unpacked(spec, table)
+    loading = _quantising(spec, table)
+    table = stored(table, spec.precision.compute)
     held: Activations = activations(spec, shape, loss)
     rest = _resting(layout, "step", Home.GPU)
     backward = _moving(layout, "backward", Home.GPU)
@@ -151,7 +174,7 @@ def card_moments(
     workspace = {"workspace": overhead(spec.cluster, spec.strategy.ranks).workspace}
     forward = _moving(layout, "forward", Home.GPU)
     block = held.one_block if spec.recompute != "none" else 0
-    inside = {"activations": block + held.transient, "workspace": held.attention}
+    inside = {"activations": block + held.transient, "workspace": held.attention, "unpacked": unpacked}
 
     def now(phase: str, what: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(phase, what, _sum(rest, workspace, *parts))
@@ -173,7 +196,7 @@ def card_moments(
     at_first = lasting | {"gathered": root + 2 * blocks} if fsdp else lasting
     ending = {} if fsdp else lasting
     return (
-        Moment("load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, table))),
+        Moment("load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, table), loading)),
         now("forward", "gathering the root", fetched, {"gradients": gradients.at_loss}),
         now("forward", "the head", forward, at_loss, {"logits": held.logits}),
         now("forward", "the loss", outside, at_loss, {"logits": held.loss_forward}),

@@ -14,6 +14,7 @@ from orchestrator.planner.activations import FP32, Sizes, sizes
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, rates
 from orchestrator.planner.traffic import Traffic, traffic
 from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec
+from orchestrator.units import dtype_bytes
 
 GIGA, TERA = 1e9, 1e12
 
@@ -112,6 +113,14 @@ def _seconds(work: _Pass, factor: float, spec: RunSpec, tokens: int, attention_f
     return tokens * (factor * (matmul + memory) + attention_factor * attention)
 
 
+def _unpacking(spec: RunSpec, table: Sequence[Parameter]) -> float:
+    """Seconds to unpack every quantised weight once in each micro-batch: it is read packed and written in the compute dtype, at
+    the memory's rate. Forward and backward do so alike (model/quantised.py _Product)."""
+    values = sum(p.numel for p in table if p.quant)
+    moved = values * (0.5 + dtype_bytes(spec.precision.compute)) * spec.batch.accumulation
+    return moved / (spec.cluster.card.memory_gb_per_s * GIGA * COMPUTE.share)
+
+
 def link_rate(cluster: Cluster, ranks: int) -> float:
     """Bytes a second that one rank can send to the next: its link, or across machines its share of the network."""
     own = cluster.card.link_gb_per_s
@@ -147,6 +156,8 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     backward = _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
     backward += _seconds(head, backward_factor, spec, tokens)
     again = _seconds(blocks, 1, spec, tokens) if spec.recompute != "none" else 0.0
+    unpacking = _unpacking(spec, table)
+    forward, backward, again = forward + unpacking, backward + unpacking, again + (unpacking if again else 0.0)
     moved = traffic(spec, table)
     rate = link_rate(spec.cluster, spec.strategy.ranks)
     sent = [count / rate if rate else 0.0 for count in (moved.forward, moved.backward, moved.boundary)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.spec import Engine, Home, Parameter, RunSpec, Shard
+from orchestrator.spec import Engine, Home, Parameter, RunSpec, Shard, stored
 from orchestrator.units import dtype_bytes
 
 FP32 = 4
@@ -93,6 +93,7 @@ def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
 def traffic(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     """What one rank sends in one optimizer step of `spec`. Tensor parallelism adds two all-reduces of the hidden state to
     each block, in the forward and again in the backward (arXiv:1909.08053, section 3)."""
+    table = stored(table, spec.precision.compute)
     if spec.strategy.engine is Engine.PLAIN:
         base = Traffic()
     else:

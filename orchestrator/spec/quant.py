@@ -17,6 +17,9 @@ NF4, NF4_DOUBLE = "nf4", "nf4-double"
 
 BLOCK, NESTED_BLOCK, NESTED_VALUES = 64, 256, 256
 
+RUN = 2**24
+"""Weights that are read, cast and quantised at once: 32 MiB in half precision. A multiple of every block."""
+
 
 def quantised(table: Sequence[Parameter], form: str) -> tuple[Parameter, ...]:
     """The base model's table with every linear layer of its blocks in `form`; embeddings, norms, biases and head stay."""
