@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator import spec
-from orchestrator.config import checks
+from orchestrator.config import checks, computing
 from orchestrator.config.catalog import CONF_DIR
 from orchestrator.config.idle import idle_faults
 from orchestrator.config.overrides import check_overrides, composition_fault
@@ -160,6 +160,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.family_faults(model.shape, model.path is None),
         *checks.target_faults(conf.tuning, model.shape),
         *checks.quant_faults(conf.tuning, model.shape),
+        *computing.loss_faults(conf.loss, cluster, model),
         *checks.export_faults(conf.export.merge, conf.tuning.kind),
         *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
     ]
@@ -197,6 +198,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         export=spec.Export(conf.export.format.value, conf.export.merge),
         logging=spec.Logging(conf.logging.every, conf.logger.tracker.value),
         plan=spec.Planning(conf.plan.on_misfit.value),
+        loss=computing.build_loss(conf.loss, model),
     )
 
 

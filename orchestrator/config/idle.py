@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.config.schema import FsdpKind, RootConf, TuningKind
+from orchestrator.config.schema import FsdpKind, LossKind, RootConf, TuningKind
 from orchestrator.errors import Fault
 
 Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
@@ -34,6 +34,12 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.fsdp.kind is FsdpKind.hybrid_shard,
         "only hybrid_shard has shard groups",
         "add fsdp=hybrid_shard",
+    ),
+    (
+        ("loss.chunk",),
+        lambda conf: conf.loss.kind in (LossKind.auto, LossKind.chunked),
+        "only the chunked loss has chunks",
+        "add loss.kind=chunked",
     ),
     (
         ("offload.pin_memory",),

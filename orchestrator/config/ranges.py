@@ -59,6 +59,7 @@ RULES: tuple[Rule, ...] = (
     ("fsdp.shard_size", _at_least(1), "must be at least 1"),
     ("checkpoint.every", _at_least(0), "must be at least 0 (0: only at the end)"),
     ("checkpoint.keep", _at_least(1), "must be at least 1: the run needs its last checkpoint"),
+    ("loss.chunk", _at_least(1), "must be at least 1"),
     ("eval.every", _at_least(0), "must be at least 0 (0: none)"),
     ("logging.every", _at_least(1), "must be at least 1"),
     ("model.vocab_size", _positive, "must be above 0"),

@@ -80,6 +80,13 @@ class RecomputeKind(Enum):
     full = "full"
 
 
+class LossKind(Enum):
+    auto = "auto"
+    plain = "plain"
+    chunked = "chunked"
+    liger = "liger"
+
+
 class Compute(Enum):
     auto = "auto"
     bf16 = "bf16"
@@ -234,6 +241,16 @@ class PrecisionConf:
 
 
 @dataclass
+class LossConf:
+    kind: LossKind = key(
+        LossKind.auto,
+        "chunked: no whole logits, exact; plain: whole logits; liger: Liger's fused kernel on NVIDIA; "
+        "auto: chunked where the model's head allows it",
+    )
+    chunk: int = key(512, "chunked: tokens that go through the head at once", "tokens")
+
+
+@dataclass
 class CardConf:
     name: str = key("", "short name of the card")
     nvml: list[str] = key([], "names that the driver gives it")
@@ -304,6 +321,7 @@ class RootConf:
     fsdp: FsdpConf = field(default_factory=FsdpConf)
     offload: OffloadConf = field(default_factory=OffloadConf)
     recompute: RecomputeConf = field(default_factory=RecomputeConf)
+    loss: LossConf = field(default_factory=LossConf)
     precision: PrecisionConf = field(default_factory=PrecisionConf)
     cluster: ClusterConf = field(default_factory=ClusterConf)
     checkpoint: CheckpointConf = field(default_factory=CheckpointConf)

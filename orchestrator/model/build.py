@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from orchestrator.errors import Fault, ModelError
+from orchestrator.model.head import use_head
 from orchestrator.model.location import resolve
 from orchestrator.model.quantised import QuantisedLinear, quantise_linears
 from orchestrator.spec import ROOT, Parameter, RunSpec, to_json
@@ -63,6 +64,7 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
             trust_remote_code=spec.model.trust_remote_code,
         )
     model.tie_weights()
+    use_head(model, spec.loss)
     model.config.use_cache = False
     if spec.recompute == "full":
         # The newer name where transformers has it, as the older one is deprecated there.

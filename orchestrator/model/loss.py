@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.data.batch import IGNORED, MicroBatch
+from orchestrator.model.head import Target, learning
 
 
 def loss_sum(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -15,12 +16,24 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     No attention mask is passed: rows are filled up on the right, and under causal attention no real token sees what comes
     after it; so the fast causal kernels apply, and the fill never changes a real token's logits. In packed rows the positions
     keep the documents apart, and they do so only where no mask is passed. Position t's logits are held against the label at
-    t + 1.
+    t + 1. A model whose head gives the loss (`model.head`) makes no logits at all.
     """
     device = next(model.parameters()).device
     packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
-    logits = model(input_ids=batch.input_ids.to(device), use_cache=False, **packed).logits
-    labels = batch.labels[:, 1:].to(logits.device)
+    with learning(target_of(batch.labels, device)):
+        answer: torch.Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False, **packed).logits
+    if answer.ndim == 0:
+        return answer
+    labels = batch.labels[:, 1:].to(answer.device)
     return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        answer[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def target_of(labels: torch.Tensor, device: torch.device) -> Target:
+    """The labelled tokens of `labels` (micro × tokens, on the CPU), told on the CPU so that no card is waited for."""
+    width = labels.shape[1] - 1
+    following = labels[:, 1:].flatten()
+    found = (following != IGNORED).nonzero().squeeze(1)
+    rows = found + found // width  # each row of hidden states ends with one more position, which predicts nothing
+    return Target(rows.to(device), following.index_select(0, found).to(device))

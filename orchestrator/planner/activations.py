@@ -1,7 +1,7 @@
-"""Activations of one micro-batch as a closed form: what autograd keeps of each block and of the loss, in bytes.
+"""Activations of one micro-batch as a closed form: what autograd keeps of each block and of the head, in bytes.
 
-Counted tensor by tensor from transformers 5.23 (models/llama/modeling_llama.py), peft 0.21 (tuners/lora/layer.py), the
-flash kernels of torch's scaled_dot_product_attention and the project's own loss. It is the estimate of a plan whose
+Counted tensor by tensor from transformers 5.23 (models/llama/modeling_llama.py), peft 0.21 (tuners/lora/layer.py) and the
+flash kernels of torch's scaled_dot_product_attention; the loss itself is in losses.py. It is the estimate of a plan whose
 `basis` is "layout"; a rehearsal counts the same by running the code.
 """
 
@@ -13,22 +13,6 @@ from orchestrator.spec import ModelShape, RunSpec
 from orchestrator.units import dtype_bytes
 
 FP32 = 4
-
-
-@dataclass(frozen=True, slots=True)
-class LossCode:
-    """Logit-sized fp32 tensors that a loss keeps at its two peaks: the end of the forward and the start of the backward.
-
-    `half`: the logits in the compute dtype are still there at the first of them.
-    """
-
-    forward: int
-    backward: int
-    half: bool = True
-
-
-OURS = LossCode(forward=2, backward=3)
-"""model/loss.py: the cast logits and log_softmax's result; then that result and the gradients of nll_loss and log_softmax."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +47,7 @@ class Activations:
 
     `blocks` rest from the forward until the backward reaches them (with recompute: the inputs of the blocks alone).
     `one_block` is what the block at work holds in full, `transient` the gradients inside it, `attention` the flash
-    backward's own buffers. `logits` are those in the compute dtype, `loss_forward` and `loss_backward` all tensors of their
-    size at the two peaks of the loss; `head` is what the final norm and the head keep.
+    backward's own buffers; `head` is what the final norm and the head keep.
     """
 
     blocks: int
@@ -72,13 +55,10 @@ class Activations:
     transient: int
     attention: int
     head: int
-    logits: int
-    loss_forward: int
-    loss_backward: int
 
     @property
     def saved(self) -> int:
-        """What is kept when the forward has ended, logits apart."""
+        """What is kept when the forward has ended, the loss apart."""
         return self.blocks + self.head
 
 
@@ -119,7 +99,7 @@ def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
     return kept
 
 
-def activations(spec: RunSpec, shape: ModelShape, loss: LossCode = OURS) -> Activations:
+def activations(spec: RunSpec, shape: ModelShape) -> Activations:
     """The activations of `spec.batch.micro` rows of `spec.data.seq_len` tokens.
 
     In packed rows transformers tells the documents apart by an explicit mask, one byte for each pair of positions; each
@@ -140,17 +120,12 @@ def activations(spec: RunSpec, shape: ModelShape, loss: LossCode = OURS) -> Acti
     # fp32 gradient of q, and with grouped heads k and v expanded to all of them (flash_api.cpp, mha_bwd).
     expanded = 2 * s.c * s.query if s.key != s.query else 0
     attention = tokens * (FP32 * s.query + expanded) if s.c < FP32 else 0
-    head = tokens * (FP32 * s.hidden + (2 * s.c * s.hidden if full else 0))
-    logits = tokens * s.vocabulary
-    # Rows beyond the first make the shifted logits a copy (flatten of a slice).
-    low = (s.c if s.c < FP32 else 0) + (s.c if spec.batch.micro > 1 else 0) if loss.half else 0
+    # The norm's factor, and the input of the head where its whole product is made; a chunked loss has used it already.
+    head = tokens * (FP32 * s.hidden + ((1 + (spec.loss.kind == "plain")) * s.c * s.hidden if full else 0))
     return Activations(
         blocks=shape.num_hidden_layers * (inputs if recompute else block) - first + (pairs if recompute else 0),
         one_block=block,
         transient=transient,
         attention=attention,
         head=head,
-        logits=logits * s.c,
-        loss_forward=logits * (low + loss.forward * FP32),
-        loss_backward=logits * loss.backward * FP32,
     )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from orchestrator.layout import Layout, lay_out
 from orchestrator.ledger import Entry, Ledger
-from orchestrator.planner.activations import FP32, OURS, Activations, LossCode, activations
+from orchestrator.planner.activations import FP32, Activations, activations
 from orchestrator.planner.device import overhead
+from orchestrator.planner.losses import LossCode, loss_peaks
 from orchestrator.spec import NF4_DOUBLE, ROOT, Engine, Home, ModelShape, Parameter, RunSpec, Shard, stored
 from orchestrator.spec.quant import BLOCK, RUN
 from orchestrator.units import ceil_div, dtype_bytes
@@ -159,14 +160,15 @@ def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
 
 
 def card_moments(
-    spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, rank: int = 0, loss: LossCode = OURS
+    spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, rank: int = 0, loss: LossCode | None = None
 ) -> tuple[Moment, ...]:
     """What the card of rank `rank` holds at each instant, in the order of a run, optimizer states present (second step on)."""
     layout = lay_out(spec, table, rank)
     unpacked = _unpacked(spec, table)
     loading = _quantising(spec, table)
     table = stored(table, spec.precision.compute)
-    held: Activations = activations(spec, shape, loss)
+    held: Activations = activations(spec, shape)
+    peaks = loss_peaks(spec, shape, table, loss)
     rest = _resting(layout, "step", Home.GPU)
     backward = _moving(layout, "backward", Home.GPU)
     gradients = _gradients(spec, table, backward)
@@ -181,10 +183,11 @@ def card_moments(
 
     # FSDP2 has freed the root group before the loss and gathers it again for the head's backward, unless all stays gathered.
     freed = spec.strategy.engine is Engine.FSDP and spec.strategy.reshard_after_forward
-    outside = {} if freed else forward
+    outside = forward if peaks.inside or not freed else {}
     waiting = {line: count for line, count in lasting.items() if not (freed and line == "gathered")}
     at_loss = {"gradients": gradients.at_loss, "activations": held.saved}
     at_start = {"gradients": gradients.at_head, "activations": held.blocks}
+    flowing = {line: count for line, count in peaks.between.items() if line != "gradients"}  # the head's is in `at_start`
     at_end = {"gradients": gradients.at_end}
     at_norm = {"gradients": backward.get("gradients", 0)}
     one = {"activations": held.one_block} if spec.recompute == "none" else {}
@@ -198,11 +201,11 @@ def card_moments(
     return (
         Moment("load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, table), loading)),
         now("forward", "gathering the root", fetched, {"gradients": gradients.at_loss}),
-        now("forward", "the head", forward, at_loss, {"logits": held.logits}),
-        now("forward", "the loss", outside, at_loss, {"logits": held.loss_forward}),
-        now("backward", "the gradient of the loss", waiting, at_loss, {"logits": held.loss_backward}),
-        now("backward", "gathering the root again", again, at_loss, {"logits": held.logits}),
-        now("backward", "the gradient of the head", lasting, at_start, {"activations": held.head, "logits": held.logits}),
+        now("forward", "the head", forward, at_loss, peaks.product),
+        now("forward", "the loss", outside, at_loss, peaks.forward),
+        now("backward", "the gradient of the loss", waiting, at_loss, peaks.backward),
+        now("backward", "gathering the root again", again, at_loss, peaks.between),
+        now("backward", "the gradient of the head", lasting, at_start, {"activations": held.head}, flowing),
         now("backward", "the last block", lasting, at_start, inside),
         now("backward", "the first block", at_first, at_end, inside, one),
         now("backward", "the gradient of the embedding", ending, at_end, _whole_gradient(spec, table)),

@@ -9,9 +9,9 @@ from orchestrator.errors import Fault, ModelError
 from orchestrator.layout import lay_out, parameter_table
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner import device
-from orchestrator.planner.activations import OURS, LossCode
 from orchestrator.planner.allocator import replay
 from orchestrator.planner.candidates import typed
+from orchestrator.planner.losses import LossCode
 from orchestrator.planner.moments import GPU, card_moments, host_lines, largest, ledger_of
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Room
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
@@ -150,7 +150,7 @@ def _largest_first(lines: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(lines.items(), key=lambda item: -item[1]))
 
 
-def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, loss: LossCode = OURS) -> Plan:
+def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, loss: LossCode | None = None) -> Plan:
     """The Plan of `spec` from its Layout and the activation estimate: milliseconds, no torch for the known families."""
     table = table_for(spec) if table is None else table
     moments = card_moments(spec, table, shape_for(spec), rank, loss)

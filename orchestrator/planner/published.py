@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from orchestrator.planner.activations import FP32, LossCode, activations
+from orchestrator.planner.activations import FP32, activations
 from orchestrator.planner.device import WORKSPACE_BYTES
+from orchestrator.planner.losses import LossCode
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, Plan
 from orchestrator.planner.planning import AUTO
 from orchestrator.planner.predict import by_layout, predict, shape_for, table_for
@@ -22,6 +23,7 @@ from orchestrator.spec import (
     Cluster,
     Engine,
     Home,
+    Loss,
     Model,
     ModelShape,
     RunSpec,
@@ -216,6 +218,7 @@ def express(row: Mapping[str, str], base: RunSpec) -> Expressed | str:
         data=replace(base.data, seq_len=int(row["seq_len"])),
         recompute="full" if row["act_ckpt"].startswith("yes") else "none",
         precision=replace(base.precision, compute="bf16"),
+        loss=Loss("plain"),
         cluster=Cluster("published", 1, strategy.ranks, card),
     )
     kind, measured, fitted = meter

@@ -2,7 +2,17 @@
 
 from orchestrator.spec.cluster import Card, Cluster
 from orchestrator.spec.codec import digest, from_json, to_json
-from orchestrator.spec.model import KNOWN_FAMILIES, LINEARS, ROOT, ModelShape, Parameter, expand_targets, parameters, with_lora
+from orchestrator.spec.model import (
+    KNOWN_FAMILIES,
+    LINEARS,
+    PLAIN_HEADS,
+    ROOT,
+    ModelShape,
+    Parameter,
+    expand_targets,
+    parameters,
+    with_lora,
+)
 from orchestrator.spec.quant import NF4, NF4_DOUBLE, quantised, scale_elements, stored, stored_shape
 from orchestrator.spec.run import (
     Batch,
@@ -11,6 +21,7 @@ from orchestrator.spec.run import (
     Evaluation,
     Export,
     Logging,
+    Loss,
     Model,
     Optimizer,
     Planning,
@@ -23,8 +34,9 @@ from orchestrator.spec.run import (
 from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Shard, Strategy
 
 __all__ = [
-    "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card", "Checkpoint",
-    "Cluster", "Data", "Engine", "Evaluation", "Export", "Home", "Logging", "Model", "ModelShape", "Optimizer", "Parameter",
-    "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Strategy", "Tuning", "digest", "expand_targets",
-    "from_json", "parameters", "quantised", "scale_elements", "stored", "stored_shape", "to_json", "with_lora",
+    "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card",
+    "Checkpoint", "Cluster", "Data", "Engine", "Evaluation", "Export", "Home", "Logging", "Loss", "Model", "ModelShape",
+    "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Strategy", "Tuning", "digest",
+    "expand_targets", "from_json", "parameters", "quantised", "scale_elements", "stored", "stored_shape", "to_json",
+    "with_lora",
 ]  # fmt: skip

@@ -12,6 +12,10 @@ KNOWN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block, as LoRA targets name them; "all-linear" means all of these."""
 
+PLAIN_HEADS = (*KNOWN_FAMILIES, "phi3", "olmo", "olmo2", "olmo3", "smollm3", "starcoder2", "stablelm", "ministral", "seed_oss")
+"""The `model_type`s whose forward gives the product with the head back as it is, so that the loss can be made inside the head
+(modeling_<family>.py); others may cap or scale their logits."""
+
 ROOT = -1
 """`Parameter.block` of what lies outside every transformer block (embeddings, final norm, head)."""
 

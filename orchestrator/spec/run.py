@@ -113,6 +113,17 @@ class Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    """How the loss is made: `kind` "plain" (whole logits), "chunked" or "liger"; `chunk` tokens go through the head at once.
+
+    The default is what every run did before there was a choice.
+    """
+
+    kind: str = "plain"
+    chunk: int = 512
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """`every` 0: only at the end of the run; `keep` newest checkpoints stay; `background`: a thread writes them."""
 
@@ -169,3 +180,4 @@ class RunSpec:
     export: Export
     logging: Logging
     plan: Planning
+    loss: Loss = Loss()

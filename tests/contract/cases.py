@@ -18,6 +18,10 @@ SHAPE = s.ModelShape(
 """Odd sizes on purpose: 257 and 48 do not divide evenly by 4 ranks, so every padding rule is exercised."""
 
 GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
+CHUNK = 11
+"""Labelled tokens that go through the head at once: a micro-batch is several chunks, and in the short step none or one. The
+reference makes whole logits."""
+
 SHORT_STEP = 2
 """In this step only three samples are real: whole micro-batches of some ranks learn nothing."""
 
@@ -83,6 +87,7 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
         schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
+        loss=s.Loss("plain") if strategy.engine is s.Engine.PLAIN else s.Loss("chunked", CHUNK),
     )  # fmt: skip
 
 

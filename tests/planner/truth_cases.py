@@ -16,6 +16,10 @@ SHAPE = s.ModelShape(
 """257 and 48 do not divide evenly by 4 ranks, so every padding rule has its share of the memory."""
 
 
+CHUNK = 16
+"""Tokens that go through the head at once: four chunks in a micro-batch."""
+
+
 @dataclass(frozen=True)
 class Case:
     ranks: int
@@ -24,10 +28,11 @@ class Case:
     compute: str
     recompute: str
     accumulation: int
+    loss: str = "chunked"
 
     @property
     def name(self) -> str:
-        return f"{self.strategy}-{self.tuning}-{self.compute}-{self.recompute}-x{self.accumulation}"
+        return f"{self.strategy}-{self.tuning}-{self.compute}-{self.recompute}-{self.loss}-x{self.accumulation}"
 
 
 def strategies(ranks: int) -> dict[str, s.Strategy]:
@@ -35,8 +40,15 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
     return sharded.strategies(ranks) if ranks > 1 else {"plain": s.Strategy(s.Engine.PLAIN, s.Shard.NONE)}
 
 
+OTHERS = [
+    Case(2, "zero1", "full", "bf16", "none", 1, "plain"),
+    Case(2, "full_shard", "lora", "fp32", "none", 2, "plain"),
+]
+
+
 def all_cases(ranks: int) -> list[Case]:
-    """Every strategy with half of the product of the other choices on one and two ranks, with two of them on four."""
+    """Every strategy with half of the product of the other choices on one and two ranks, with two of them on four; and what
+    is not crossed with everything."""
     product = [
         ("full", "bf16", "none", 1),
         ("full", "fp32", "full", 2),
@@ -45,12 +57,13 @@ def all_cases(ranks: int) -> list[Case]:
     ]
     if ranks == 4:
         product = [("full", "bf16", "none", 2), ("lora", "bf16", "full", 1)]
-    return [Case(ranks, name, *rest) for name, rest in itertools.product(strategies(ranks), product)]
+    cases = [Case(ranks, name, *rest) for name, rest in itertools.product(strategies(ranks), product)]
+    return cases + [case for case in OTHERS if case.ranks == ranks]
 
 
 SAMPLE = [
     Case(1, "plain", "full", "bf16", "none", 1),
-    Case(2, "zero1", "full", "bf16", "none", 1),
+    Case(2, "zero1", "full", "bf16", "none", 1, "plain"),
     Case(2, "zero2", "lora", "bf16", "full", 1),
     Case(2, "zero3", "full", "fp32", "full", 2),
     Case(2, "zero3_cpu", "full", "bf16", "none", 1),
@@ -72,5 +85,5 @@ def run_spec(case: Case, shape: s.ModelShape = SHAPE) -> s.RunSpec:
         optimizer=s.Optimizer("adamw", lr=1e-3), schedule=s.Schedule("constant", 0), recompute=case.recompute,
         precision=s.Precision(case.compute), cluster=s.Cluster("local", 1, case.ranks, card),
         checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0), export=s.Export("hf", False),
-        logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
+        logging=s.Logging(1, "none"), plan=s.Planning("ignore"), loss=s.Loss(case.loss, CHUNK),
     )  # fmt: skip
