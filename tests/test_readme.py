@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import plan
 from orchestrator.config import compose
 from orchestrator.config.catalog import groups, keys
 from orchestrator.layout import Layout, lay_out, parameter_table
@@ -141,6 +142,18 @@ def test_the_table_of_what_is_trained_is_the_layouts(tuning: str, cells: str) ->
     strategies = ("zero=none", "zero=stage2", "zero=stage3", "fsdp=full_shard")
     expected = [f"{layout_of(name, tuning)[0].rest_bytes(Home.GPU) / GIB:.1f}" for name in strategies]
     assert [cell.strip() for cell in cells.split("|")][1:5] == expected
+
+
+KEPT = re.findall(r"^\| `((?:loss|recompute|compile|attention)[.=][^`]+)` \|(.*)\|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("words", "cells"), KEPT)
+def test_the_table_of_what_a_step_keeps_is_the_plans(words: str, cells: str) -> None:
+    fixed = "model=llama3_8b cluster=4xa10 tuning=lora zero=stage3 data.seq_len=2048 batch.micro=4"
+    assert fixed in README
+    made = plan([*fixed.split(), *words.split()], basis="layout")
+    expected = [f"{made.memory.used / GIB:.1f}", f"{made.seconds:.2f}"]
+    assert [cell.strip() for cell in cells.split("|")][1:3] == expected
 
 
 ROWS = re.findall(r"^\| `((?:zero|fsdp)=[^`]+)` \|(.*)\|$", README, re.MULTILINE)

@@ -138,6 +138,7 @@ OUT_OF_RANGE = [
     ("fsdp.shard_size", 0, "must be at least 1"),
     ("checkpoint.every", -1, "must be at least 0 (0: only at the end)"),
     ("checkpoint.keep", 0, "must be at least 1: the run needs its last checkpoint"),
+    ("loss.chunk", 0, "must be at least 1"),
     ("eval.every", -1, "must be at least 0 (0: none)"),
     ("logging.every", 0, "must be at least 1"),
     *((f"model.{name}", 0, "must be above 0") for name in (
