@@ -108,7 +108,7 @@ def choose_seq_len(data: DataConf, shape: spec.ModelShape | None) -> int:
     """Tokens of the longest sample: as given, else 256 for the built-in sample and 2048 for files, within the model's limit."""
     if data.seq_len is not None:
         return data.seq_len
-    wanted = 256 if data.path is None else 2048
+    wanted = 256 if data.path is None and not data.sources else 2048
     limit = shape.max_position_embeddings if shape is not None else 0
     return min(wanted, limit) if limit > 0 else wanted
 
@@ -140,6 +140,12 @@ def _data(conf: DataConf, seq_len: int) -> spec.Data:
         on_long=conf.on_long.value,
         cache_dir=_home(conf.cache_dir),
         packing=conf.packing.value,
+        sources=tuple(spec.Source(_home(each.path) or "", each.weight, each.format.value) for each in conf.sources),
+        split=conf.split,
+        subset=conf.subset,
+        streaming=conf.streaming,
+        max_rows=conf.max_rows,
+        workers=conf.workers,
     )
 
 

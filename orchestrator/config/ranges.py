@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.schema import DataSource, RootConf
+from orchestrator.config.schema import DataConf, DataSource, RootConf
 from orchestrator.errors import Fault
 
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -28,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     ("batch.global_size", _at_least(1), "must be at least 1"),
     ("batch.micro", _at_least(1), "must be at least 1"),
     ("data.seq_len", _at_least(2), "must be at least 2: a token is predicted from the one before"),
+    ("data.max_rows", _at_least(1), "must be at least 1"),
+    ("data.workers", _at_least(0), "must be at least 0 (0: this process alone)"),
     ("data.eval_fraction", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     ("tuning.rank", _at_least(1), "must be at least 1"),
     ("tuning.alpha", _at_least(1), "must be at least 1"),
@@ -91,19 +93,48 @@ def _looks_local(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~"))
 
 
+KINDS = ".json, .jsonl, .parquet, .arrow or .txt"
+
+
+def _missing(path: str) -> bool:
+    """Whether `path` names nothing here and cannot be a pattern or the id of a hub dataset."""
+    if Path(path).expanduser().exists() or any(letter in path for letter in "*?["):
+        return False
+    return _looks_local(path) or path.count("/") != 1 or Path(path).suffix in KINDS.replace(",", "").split()
+
+
+def _data_faults(data: DataConf) -> list[Fault]:
+    """Data that is named twice or not at all, is not there, or would never be shown."""
+    faults = []
+    if data.sources and data.path is not None:
+        remedy = "name it as one of data.sources"
+        faults.append(Fault("data.path, data.sources", f"{data.path} and {len(data.sources)} sources are given", remedy))
+    if data.source is DataSource.local and data.path is None and not data.sources:
+        remedy = f"add data.path=FILE ({KINDS}), or use data=sample"
+        faults.append(Fault("data.path", "data=local needs a file, and none is given", remedy))
+    for number, source in enumerate(data.sources):
+        field = f"data.sources[{number}]"
+        if not source.path:
+            faults.append(Fault(f"{field}.path", "the source has no path", "write {path: FILE, weight: 1}"))
+        elif _missing(source.path):
+            faults.append(
+                Fault(f"{field}.path", f"there is no file {source.path}", f"give a {KINDS} file, or a folder of them")
+            )
+        if source.weight <= 0:
+            problem = f"weight {source.weight:g} of {source.path} would show none of its rows"
+            faults.append(
+                Fault(f"{field}.weight", problem, "give a weight above 0 (1: each row once an epoch), or leave it out")
+            )
+    if data.path is not None and _missing(data.path):
+        faults.append(Fault("data.path", f"there is no file {data.path}", f"give a {KINDS} file, a folder of them or a hub id"))
+    return faults
+
+
 def path_faults(conf: RootConf) -> list[Fault]:
     """Faults of the paths that must exist before a run starts, the model's apart."""
     faults = []
     data = conf.data
-    if data.path is not None:
-        file = Path(data.path).expanduser()
-        if not file.exists():
-            faults.append(Fault("data.path", f"there is no file {data.path}", "give a .json, .jsonl, .parquet or .arrow file"))
-        elif file.is_dir():
-            faults.append(Fault("data.path", f"{data.path} is a folder", "give one file: .json, .jsonl, .parquet or .arrow"))
-    elif data.source is DataSource.local:
-        remedy = "add data.path=FILE (.json, .jsonl, .parquet or .arrow), or use data=sample"
-        faults.append(Fault("data.path", "data=local needs a file, and none is given", remedy))
+    faults += _data_faults(data)
     if data.tokenizer is not None and _looks_local(data.tokenizer) and not Path(data.tokenizer).expanduser().exists():
         remedy = "give a folder that holds tokenizer.json, or a hub id"
         faults.append(Fault("data.tokenizer", f"there is no folder {data.tokenizer}", remedy))

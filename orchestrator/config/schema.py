@@ -48,6 +48,8 @@ class DataFormat(Enum):
     auto = "auto"
     alpaca = "alpaca"
     messages = "messages"
+    completion = "completion"
+    text = "text"
 
 
 class OnMalformed(Enum):
@@ -56,7 +58,9 @@ class OnMalformed(Enum):
 
 
 class OnLong(Enum):
+    auto = "auto"
     truncate = "truncate"
+    split = "split"
     drop = "drop"
 
 
@@ -193,15 +197,35 @@ class BatchConf:
 
 
 @dataclass
+class SourceConf:
+    path: str = key("", "as data.path")
+    weight: float = key(1.0, "how often an epoch shows each row; 0.5: half of the rows, others in the next")
+    format: DataFormat = key(DataFormat.auto, "as data.format")
+
+
+@dataclass
 class DataConf:
     source: DataSource = key(DataSource.sample, "built-in sample or own file (set by the group; data.path wins)")
-    path: str | None = key(None, "your data file: .json, .jsonl, .parquet or .arrow")
+    path: str | None = key(
+        None, "your data: a .json, .jsonl, .parquet, .arrow or .txt file, a folder or pattern of them, or a hub id"
+    )
+    sources: list[SourceConf] = key(
+        [], "several sources instead of path: [{path: a.json}, {path: b.jsonl, weight: 0.5, format: text}]; an epoch shows "
+        "each row of a source weight times"
+    )  # fmt: skip
+    split: str = key("train", "split of a hub dataset")
+    subset: str | None = key(None, "subset (configuration) of a hub dataset")
+    streaming: bool = key(False, "read a hub dataset as it is tokenised, without a copy of its raw files")
+    max_rows: int | None = key(None, "read this many rows of each source; null: all", "rows")
     seq_len: int | None = key(
         None, "longest sample; null: 256 for the built-in sample, else 2048 or the model's limit if smaller", "tokens"
     )
-    format: DataFormat = key(DataFormat.auto, "layout of a row; auto: seen from its fields")
+    format: DataFormat = key(
+        DataFormat.auto,
+        "layout of a row; auto: seen from its fields; completion: prompt and completion; text: everything is learned",
+    )
     tokenizer: str | None = key(None, "folder or hub id of a tokenizer; null: the model's own, else the built-in one")
-    chat_template: str | None = key(None, "chatml, alpaca or a Jinja file; null: the tokenizer's own")
+    chat_template: str | None = key(None, "chatml, llama3, alpaca or a Jinja file; null: the tokenizer's own")
     eval_fraction: float = key(0.0, "share of the samples held out for eval, chosen by seed")
     on_malformed: OnMalformed = key(OnMalformed.refuse, "what to do with rows that lack fields")
     packing: Packing = key(
@@ -209,7 +233,12 @@ class DataConf:
         "best_fit: several samples, blind to each other, in each row of seq_len; batch.global_size and batch.micro then "
         "count rows, not samples",
     )
-    on_long: OnLong = key(OnLong.truncate, "what to do with samples longer than seq_len")
+    on_long: OnLong = key(
+        OnLong.auto, "samples longer than seq_len: cut off, in pieces, or left out; auto: split raw text, truncate others"
+    )
+    workers: int | None = key(
+        None, "processes that tokenise; null: one for each core from 16 MB on; 0: none besides the run's", "processes"
+    )
     cache_dir: str | None = key(None, "folder for tokenised data; null: the user's cache folder")
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from orchestrator.data.conversation import Conversation, Malformed, Turn
+from orchestrator.data.disguise import hide, holds_name, spell_hidden
+from orchestrator.data.tokens import Ids, Mask, Span, Speller
 from orchestrator.errors import DataError, Fault
 
 if TYPE_CHECKING:
@@ -39,15 +44,59 @@ ALPACA = (
 )
 """The headings of Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca), without its preamble."""
 
-BUILT_IN: dict[str, str] = {"chatml": CHATML, "alpaca": ALPACA}
+LLAMA3 = (
+    "{{- bos_token }}{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{% generation %}{{- message['content'] + '<|eot_id|>' }}{% endgeneration %}"
+    "{%- else %}{{- message['content'] + '<|eot_id|>' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+"""The turns of Llama 3 (llama.com/docs/model-cards-and-prompt-formats/meta-llama-3), without tools."""
+
+BUILT_IN: dict[str, str] = {"chatml": CHATML, "llama3": LLAMA3, "alpaca": ALPACA}
 """Templates that `data.chat_template` can name."""
 
-REMEDY = "set data.chat_template to chatml, alpaca or a template file"
+ENDS = {"llama3": "<|eot_id|>"}
+"""The token that ends a turn, where a built-in template brings its own: spelt in pieces it would end nothing."""
 
-Span = tuple[int, int]
-"""Characters [start, stop) of a rendered conversation."""
+NEEDED: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "alpaca": (),
+}
+"""The tokens of each built-in template: where one is missing, that word is spelt in pieces."""
+
+REWRITES = "the chat template rewrites earlier turns, so that the answers cannot be located"
+
+REMEDY = "set data.chat_template to chatml, llama3, alpaca or a template file"
 
 PROBE_QUESTION, PROBE_ANSWER = "ping", "pong"
+
+
+@lru_cache(maxsize=2)
+def speller_of(tokenizer: PreTrainedTokenizerBase) -> Speller:
+    """The speller of `tokenizer`; making one reads the whole vocabulary."""
+    return Speller(tokenizer)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Token ids, whether each is learned, and whether the names of special tokens in the words were kept as plain text."""
+
+    ids: Ids
+    learned: Mask
+    disguised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    """A conversation as the template writes it, with the characters that are learned."""
+
+    text: str
+    spans: list[Span]
+    disguised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +113,51 @@ class Chat:
         """Whether the template says itself which text is generated."""
         return bool(GENERATION_MARKER.search(self.template))
 
-    def encode(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Token ids, and for each whether it is learned.
+    def encode(self, conversation: Conversation) -> Encoded:
+        """The conversation as tokens.
 
         Raises:
             Malformed: the template refuses the conversation, or its answers cannot be located in the text.
         """
-        turns, tools = self._fit(conversation)
-        text, spans = self._marked_spans(turns, tools) if self.marked else self._located_spans(turns, tools)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = list(encoded["input_ids"])
-        covered = _covered(encoded["offset_mapping"], list(self.tokenizer.convert_ids_to_tokens(ids)))
-        mask = [any(start < last and first < stop for start, stop in spans) for first, last in covered]
+        (encoded,) = self.encode_all([conversation])
+        if isinstance(encoded, Malformed):
+            raise encoded
+        return encoded
+
+    def encode_all(self, conversations: Sequence[Conversation]) -> list[Encoded | Malformed]:
+        """Each conversation as tokens, or why it cannot be; together, since a tokenizer is faster on many texts."""
+        speller = speller_of(self.tokenizer)
+        scripts = [self._script(conversation, speller) for conversation in conversations]
+        usual = [script for script in scripts if isinstance(script, _Script) and not script.disguised]
+        spelt = iter(speller.spell([script.text for script in usual]))
+        found: list[Encoded | Malformed] = []
+        for script in scripts:
+            if isinstance(script, Malformed):
+                found.append(script)
+                continue
+            if script.disguised:
+                ids, mask = spell_hidden(speller, script.text, script.spans)
+            else:
+                ids = next(spelt)
+                mask = speller.mark(script.text, ids, script.spans)
+            found.append(self._closed(ids, mask, script.disguised))
+        return found
+
+    def _script(self, conversation: Conversation, speller: Speller) -> _Script | Malformed:
+        try:
+            turns, tools = self._fit(conversation)
+            disguised = speller.pattern is not None and holds_name([turns, tools], speller.pattern)
+            if disguised:
+                turns, tools = hide(turns, speller), hide(tools, speller)
+            text, spans = self._marked_spans(turns, tools) if self.marked else self._located_spans(turns, tools)
+        except Malformed as error:
+            return error
+        return _Script(text, spans, disguised)
+
+    def _closed(self, ids: Ids, mask: Mask, disguised: bool) -> Encoded:
         if not self.closes:
-            ids.append(self.end)
-            mask.append(True)
-        return ids, self._end_runs(ids, mask)
+            ids, mask = np.append(ids, np.int32(self.end)), np.append(mask, True)
+        return Encoded(ids, self._end_runs(ids, mask), disguised)
 
     def _fit(self, conversation: Conversation) -> tuple[list[Turn], list[dict[str, Any]]]:
         """Turns and tools as this template can show them: what it has no word for is carried as plain text, never lost."""
@@ -134,43 +212,30 @@ class Chat:
         The prompt may end in more than the whole conversation shows there (an empty thought, say): what both have in
         common is prompt, the rest is answer.
         """
-        before, _ = self._render(turns[:index], tools)
-        until, _ = self._render(turns[: index + 1], tools)
-        if not (text.startswith(until) and until.startswith(before)):
-            raise Malformed("the chat template rewrites earlier turns, so that the answers cannot be located")
+        until = text if index + 1 == len(turns) else self._render(turns[: index + 1], tools)[0]
+        if not text.startswith(until):
+            raise Malformed(REWRITES)
         prompt, _ = self._render(turns[:index], tools, add_generation_prompt=True)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, until, strict=False)))
+        if until.startswith(prompt):  # nearly always
+            return len(prompt), len(until)
+        before, _ = self._render(turns[:index], tools)
+        if not until.startswith(before):
+            raise Malformed(REWRITES)
+        shared = next((at for at, (one, other) in enumerate(zip(prompt, until, strict=False)) if one != other), len(until))
         return max(shared, len(before)), len(until)
 
-    def _end_runs(self, ids: list[int], mask: list[bool]) -> list[bool]:
+    def _end_runs(self, ids: Ids, mask: Mask) -> Mask:
         """`mask` in which every run of learned tokens stops exactly at the end token: it is taken in where the run stops
         just before it, and line breaks that the template writes after it are left out."""
-        exact = list(mask)
-        stop = 0
-        while True in mask[stop:]:
-            start = mask.index(True, stop)
-            stop = mask.index(False, start) if False in mask[start:] else len(mask)
-            ends = [place for place in range(start, stop) if ids[place] == self.end]
+        exact = mask.copy()
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+        for start, stop in edges.reshape(-1, 2):
+            ends = np.flatnonzero(ids[start:stop] == self.end)
             if stop < len(ids) and ids[stop] == self.end:
                 exact[stop] = True
-            elif ends:
-                exact[ends[-1] + 1 : stop] = [False] * (stop - ends[-1] - 1)
+            elif len(ends):
+                exact[start + ends[-1] + 1 : stop] = False
         return exact
-
-
-def _covered(offsets: list[Span], tokens: list[str]) -> list[Span]:
-    """The characters of each token, with the white space that some tokenizers (Llama 3's) trim from their offsets.
-
-    A token of white space alone has an empty range there: its own length tells how far it reaches.
-    """
-    covered: list[Span] = []
-    reached = 0
-    for (first, last), token in zip(offsets, tokens, strict=True):
-        start = min(first, reached)
-        stop = last if first < last else start + len(token)
-        covered.append((start, stop))
-        reached = max(reached, stop)
-    return covered
 
 
 def resolve_template(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -180,6 +245,9 @@ def resolve_template(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         DataError: there is none, or the file cannot be read.
     """
     if choice in BUILT_IN:
+        if (end := ENDS.get(choice)) is not None and end not in tokenizer.get_vocab():
+            problem = f"{choice} ends a turn with {end}, which {tokenizer.name_or_path or 'the tokenizer'} does not know"
+            raise DataError(Fault("data.chat_template", problem, _offer(tokenizer)))
         return BUILT_IN[choice]
     if choice:
         try:
@@ -191,7 +259,14 @@ def resolve_template(choice: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         problem = f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no chat template"
-        raise DataError(Fault("data.chat_template", problem, REMEDY)) from error
+        raise DataError(Fault("data.chat_template", problem, _offer(tokenizer))) from error
+
+
+def _offer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Which templates fit this tokenizer."""
+    known = tokenizer.get_vocab()
+    fitting = [name for name, tokens in NEEDED.items() if all(token in known for token in tokens)]
+    return f"set data.chat_template to {' or '.join(fitting)}, whose tokens this tokenizer has, or to a template file"
 
 
 def open_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat:
@@ -211,13 +286,21 @@ def open_chat(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat:
     try:
         end = _written_end(probe, list(turns))
         chat = Chat(tokenizer, template, eos if end is None else end, end is not None)
-        ids, mask = chat.encode(Conversation(turns))
+        encoded = chat.encode(Conversation(turns))
     except Malformed as error:
         raise DataError(Fault("data.chat_template", str(error), REMEDY)) from error
-    learned = tokenizer.decode([token for token, flag in zip(ids, mask, strict=True) if flag])
+    taught = encoded.ids[encoded.learned]
+    learned = tokenizer.decode(taught)
     if PROBE_ANSWER not in learned or PROBE_QUESTION in learned:
         problem = f"of a one-word question and answer the template marks {learned[:60]!r} as the answer"
         raise DataError(Fault("data.chat_template", problem, REMEDY))
+    if chat.end not in taught:
+        problem = f"of the answer {learned[:60]!r} no end token is learned, so the model would never stop"
+        raise DataError(Fault("data.chat_template", problem, REMEDY))
+    begin = tokenizer.bos_token_id
+    if begin is not None and encoded.ids[:2].tolist() == [begin, begin]:
+        problem = f"the template writes the beginning token {tokenizer.bos_token!r} twice"
+        raise DataError(Fault("data.chat_template", problem, f"take one out of the template, or {REMEDY}"))
     return chat
 
 

@@ -1,4 +1,4 @@
-"""Rows of the known formats as conversations in one form: turns of system, user, assistant and tool."""
+"""Rows of the known formats in one of two forms: a conversation (turns of system, user, assistant and tool) or a passage."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FORMATS = ("alpaca", "messages")
+FORMATS = ("alpaca", "messages", "completion", "text")
 """Values of `data.format` beside "auto"."""
 
-EXPECTED = 'alpaca: "instruction", "input" (may be missing), "output"; messages: "messages" or "conversations"'
+PASSAGES = ("completion", "text")
+"""Formats without turns, which need no chat template."""
+
+EXPECTED = (
+    'alpaca: "instruction", "input" (may be missing), "output"; messages: "messages" or "conversations"; '
+    'completion: "prompt", "completion"; text: "text"'
+)
+
+PREFERENCES = (
+    'these are preference pairs ("chosen", "rejected"): two answers of which one is liked better, for DPO and its kin; '
+    "fine-tuning would learn from neither"
+)
 
 ROLES: dict[str, str] = {
     "system": "system", "developer": "system",
@@ -39,32 +50,69 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Plain text without turns: `text` is learned, and the `prompt` before it is not."""
+
+    text: str
+    prompt: str = ""
+
+
 def detect_format(columns: Sequence[str]) -> str:
-    """ "alpaca" or "messages", by the names of the columns.
+    """One of `FORMATS`, by the names of the columns.
 
     Raises:
-        Malformed: preference pairs, raw text, or columns of no known format.
+        Malformed: preference pairs, or columns of no known format.
     """
     names = set(columns)
     if {"chosen", "rejected"} <= names:
-        raise Malformed('these are preference pairs ("chosen", "rejected"), which fine-tuning on answers does not take')
+        raise Malformed(PREFERENCES)
+    if {"prompt", "completion", "label"} <= names:
+        raise Malformed('these are rated answers ("prompt", "completion", "label"), for KTO; fine-tuning ignores the rating')
     if names & {"messages", "conversations"}:
         return "messages"
     if {"instruction", "output"} & names:
         return "alpaca"
+    if "completion" in names:
+        return "completion"
     if "text" in names:
-        raise Malformed('this is raw text (column "text"), in which no answer is marked')
+        return "text"
     raise Malformed(f"the columns are of no known format; found: {', '.join(sorted(names)[:12]) or 'none'}")
 
 
+def read_row(row: Any, kind: str) -> Conversation | Passage:
+    """What is learned from one `row`; `kind` is one of `FORMATS`.
+
+    Raises:
+        Malformed: fields are missing or of the wrong type, a role is unknown, or there is nothing to learn.
+    """
+    if kind not in PASSAGES:
+        return read_conversation(row, kind)
+    if not isinstance(row, Mapping):
+        raise Malformed(f"the row is a JSON {_json_type(row)}, not an object")
+    missing = [name for name in (("text",) if kind == "text" else ("prompt", "completion")) if name not in row]
+    if missing:
+        raise Malformed(f"{_fields(missing)} missing; columns found: {', '.join(sorted(map(str, row))[:12]) or 'none'}")
+    if kind == "completion" and isinstance(row["prompt"], list):
+        turns = [*row["prompt"], *(row["completion"] if isinstance(row["completion"], list) else [])]
+        return read_conversation({**row, "messages": turns}, "messages")
+    learned = "text" if kind == "text" else "completion"
+    text = _text(row, learned)
+    if not text.strip():
+        raise Malformed(f'field "{learned}" is empty: there is nothing to learn')
+    return Passage(text, _text(row, "prompt") if kind == "completion" else "")
+
+
 def read_conversation(row: Any, kind: str) -> Conversation:
-    """The conversation of one `row`; `kind` is one of `FORMATS`.
+    """The conversation of one `row`; `kind` is "alpaca" or "messages".
 
     Raises:
         Malformed: fields are missing or of the wrong type, a role is unknown, or there is no answer.
     """
     if not isinstance(row, Mapping):
         raise Malformed(f"the row is a JSON {_json_type(row)}, not an object")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        raise Malformed(PREFERENCES)
     turns = _alpaca_turns(row) if kind == "alpaca" else _message_turns(row)
     system = _text(row, "system", optional=True)
     if system and turns and turns[0]["role"] != "system":

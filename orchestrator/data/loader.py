@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from orchestrator.data.batch import IGNORED, MicroBatch, StepBatch
-from orchestrator.data.order import check_batch, deal, global_batches
+from orchestrator.data.order import check_batch, deal, drawn, epoch_size, global_batches
 from orchestrator.data.prepared import Counts, Prepared
 from orchestrator.data.rows import Rows, rows_of
 from orchestrator.errors import DataError, Fault
@@ -51,10 +51,13 @@ def steps(
     """
     check_batch(batch, rank, ranks)
     rows = rows_of(prepared, split)
-    everything = np.arange(len(rows))
+
+    def order_of(epoch: int) -> Counts:
+        return drawn(rows, seed, epoch)
 
     def made() -> Iterator[StepBatch]:
-        numbered = global_batches(everything, batch.global_size, seed=seed, start_step=start_step, total_steps=total_steps)
+        count, size = epoch_size(rows), batch.global_size
+        numbered = global_batches(order_of, count, size, start_step=start_step, total_steps=total_steps)
         for step, epoch, chosen in numbered:
             labelled = int(rows.labelled[chosen].sum())
             if not labelled:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from orchestrator.data.prepared import Counts, Prepared
-from orchestrator.data.rows import rows_of
+from orchestrator.data.rows import Rows, rows_of
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.spec import Batch
 from orchestrator.units import ceil_div
@@ -15,7 +16,35 @@ from orchestrator.units import ceil_div
 
 def steps_per_epoch(prepared: Prepared, batch: Batch) -> int:
     """Optimizer steps of one pass over the training split; the last one may be short."""
-    return ceil_div(len(rows_of(prepared)), batch.global_size)
+    return ceil_div(epoch_size(rows_of(prepared)), batch.global_size)
+
+
+def epoch_size(rows: Rows) -> int:
+    """Rows that one epoch shows, each as often as it is shown; the same for every epoch."""
+    return sum(int(weight) * (stop - start) + _extra(stop - start, weight) for start, stop, weight in rows.shares)
+
+
+def _extra(count: int, weight: float) -> int:
+    """Of `count` rows, how many an epoch shows once more, or at all where `weight` is below 1; one at least."""
+    part = weight - math.floor(weight)
+    return max(1, round(part * count)) if part and count else 0
+
+
+def drawn(rows: Rows, seed: int, epoch: int) -> Counts:
+    """The rows of `epoch` (from 0), each as often as it is shown, in order.
+
+    Where a weight is no whole number, the rows beyond it change from epoch to epoch: a window that goes round and round
+    through one fixed shuffle, so that in time all are shown equally often.
+    """
+    found = []
+    for start, stop, weight in rows.shares:
+        count = stop - start
+        found.append(np.tile(np.arange(start, stop), int(weight)))
+        if extra := _extra(count, weight):
+            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 0x3E16, start])))
+            window = (epoch * extra + np.arange(extra)) % count
+            found.append(start + generator.permutation(count)[window])
+    return epoch_order(np.concatenate(found), seed, epoch)
 
 
 def epoch_order(indices: Counts, seed: int, epoch: int) -> Counts:
@@ -25,15 +54,18 @@ def epoch_order(indices: Counts, seed: int, epoch: int) -> Counts:
 
 
 def global_batches(
-    indices: Counts, size: int, *, seed: int, start_step: int, total_steps: int
+    order_of: Callable[[int], Counts], count: int, size: int, *, start_step: int, total_steps: int
 ) -> Iterator[tuple[int, int, Counts]]:
-    """(step, epoch, samples) of the steps [start_step, total_steps), each from its number alone: nothing is replayed."""
-    per_epoch = ceil_div(len(indices), size)
-    shuffled_epoch, order = -1, indices
+    """(step, epoch, rows) of the steps [start_step, total_steps), each from its number alone: nothing is replayed.
+
+    `order_of(epoch)` gives the `count` rows of an epoch in order.
+    """
+    per_epoch = ceil_div(count, size)
+    current, order = -1, np.zeros(0, np.int64)
     for step in range(start_step, total_steps):
         epoch, place = divmod(step, per_epoch)
-        if epoch != shuffled_epoch:
-            shuffled_epoch, order = epoch, epoch_order(indices, seed, epoch)
+        if epoch != current:
+            current, order = epoch, order_of(epoch)
         yield step, epoch, order[place * size : (place + 1) * size]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,29 +23,35 @@ LONGEST_WORD = 32
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: where it stands (line of a text file, row of a table, from 1), and its value or why it cannot be decoded."""
+    """One row: where it stands (line of a text file, row of a table, from 1), and its value or why it cannot be decoded.
+
+    A `line` that is not None is still to be decoded. `share` is how much of the file is read, from 0 to 1.
+    """
 
     place: int
     value: Any
     problem: str = ""
+    share: float = 0.0
+    line: bytes | None = None
 
 
-def place_word(path: Path) -> str:
-    """What `Record.place` counts in this file: "line" or "row"."""
-    return "line" if path.suffix in (".json", ".jsonl") else "row"
+def decoded(record: Record) -> Record:
+    """`record` with its line read as JSON; another one as it is."""
+    if record.line is None:
+        return record
+    try:
+        return Record(record.place, json.loads(record.line))
+    except (ValueError, RecursionError):
+        return Record(record.place, None, "not one whole JSON object on the line")
 
 
 def check_file(path: Path) -> None:
     """Refuse what is not a non-empty file of a known extension.
 
     Raises:
-        DataError: missing, a folder, empty, unreadable or unknown.
+        DataError: missing, empty, unreadable or unknown.
     """
     known = ", ".join(READERS)
-    if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in READERS)
-        listed = f"it holds {len(inside)} data files: {', '.join(inside[:5])}" if inside else f"it holds no {known} file"
-        raise DataError(Fault("data.path", f"{path} is a folder; {listed}", "name one file"))
     if not path.exists():
         remedy = "check the spelling, or use data=sample for the built-in set"
         raise DataError(Fault("data.path", f"{path} does not exist", remedy))
@@ -65,6 +71,11 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         DataError: the file as a whole cannot be read further: truncated, not JSON, not UTF-8, or a corrupt table.
     """
+    return map(decoded, read_raw(path))
+
+
+def read_raw(path: Path) -> Iterator[Record]:
+    """As `read_records`, but lines of JSON Lines are left to be decoded, by another process perhaps."""
     check_file(path)
     try:
         yield from READERS[path.suffix](path)
@@ -82,7 +93,9 @@ def _read_json(path: Path) -> Iterator[Record]:
         first = next((char for char in iter(lambda: text.read(1), "") if not char.isspace()), "")
     if first == "[":
         with path.open(encoding="utf-8-sig") as text:
-            yield from _ListReader(path, text).records()
+            size = max(1, path.stat().st_size)
+            for record in _ListReader(path, text).records():
+                yield replace(record, share=min(1.0, record.share / size))
     elif first == "{":
         yield from _read_lines(path)
     elif not first:
@@ -94,16 +107,29 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 def _read_lines(path: Path) -> Iterator[Record]:
     """JSON Lines; blank lines are passed over."""
+    for place, line, share in _lines(path):
+        yield Record(place, None, share=share, line=line)
+
+
+def _read_text(path: Path) -> Iterator[Record]:
+    """A text file: each line that is not blank is one document."""
+    for place, line, share in _lines(path):
+        try:
+            yield Record(place, {"text": line.decode().rstrip("\r\n")}, share=share)
+        except UnicodeDecodeError as error:
+            yield Record(place, None, f"not UTF-8 text: byte {line[error.start]:#04x} cannot be decoded", share)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, float]]:
+    """(number from 1, line, share of the file read) of each line that is not blank."""
+    size, read = max(1, path.stat().st_size), 0
     with path.open("rb") as lines:
         for place, line in enumerate(lines, start=1):
+            read += len(line)
             if place == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                yield Record(place, json.loads(line))
-            except (ValueError, RecursionError):
-                yield Record(place, None, "not one whole JSON object on the line")
+            if line.strip():
+                yield place, line, read / size
 
 
 class _ListReader:
@@ -113,13 +139,14 @@ class _ListReader:
         self.path, self.text = path, text
         self.buffer, self.position, self.line, self.finished = "", 0, 1, False
         self.decoder = json.JSONDecoder()
+        self.consumed = 0
 
     def records(self) -> Iterator[Record]:
         self._expect("[")
         if self._peek() != "]":
             while True:
                 value, line = self._value()
-                yield Record(line, value)
+                yield Record(line, value, share=float(self.consumed + self.position))
                 if self._peek() != ",":
                     break
                 self._expect(",")
@@ -132,6 +159,7 @@ class _ListReader:
         costs time in proportion to its length."""
         rest = self.buffer[self.position :]
         more = self.text.read(max(CHUNK, len(rest)))
+        self.consumed += self.position
         self.buffer, self.position, self.finished = rest + more, 0, not more
 
     def _peek(self) -> str:
@@ -192,7 +220,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pq.ParquetFile(path) as file:
-            yield from _table_rows(file.iter_batches(batch_size=ROWS_AT_ONCE))
+            yield from _table_rows(file.iter_batches(batch_size=ROWS_AT_ONCE), file.metadata.num_rows)
     except (pa.ArrowException, OSError) as error:
         raise _corrupt(path, "Parquet", error) from error
 
@@ -205,21 +233,23 @@ def _read_arrow(path: Path) -> Iterator[Record]:
         with pa.memory_map(str(path)) as source:
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
-                yield from _table_rows(file.get_batch(index) for index in range(file.num_record_batches))
+                rows = sum(file.get_batch(index).num_rows for index in range(file.num_record_batches))
+                yield from _table_rows((file.get_batch(index) for index in range(file.num_record_batches)), rows)
             else:
                 source.seek(0)
-                yield from _table_rows(pa.ipc.open_stream(source))
+                yield from _table_rows(pa.ipc.open_stream(source), 0)
     except (pa.ArrowException, OSError) as error:
         raise _corrupt(path, "Arrow", error) from error
 
 
-def _table_rows(batches: Any) -> Iterator[Record]:
+def _table_rows(batches: Any, rows: int) -> Iterator[Record]:
+    """The rows of all `batches`; `rows` how many there are, 0 where that is not known."""
     place = 0
     for batch in batches:
         for start in range(0, batch.num_rows, ROWS_AT_ONCE):
             for row in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                 place += 1
-                yield Record(place, row)
+                yield Record(place, row, share=place / rows if rows else 0.0)
 
 
 def _corrupt(path: Path, kind: str, error: Exception) -> DataError:
@@ -232,5 +262,6 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _read_lines,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+    ".txt": _read_text,
 }
 """The reader of each file extension."""

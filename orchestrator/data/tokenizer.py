@@ -24,10 +24,11 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")
 def load_tokenizer(data: Data, model_path: str | None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of `data.tokenizer`, else of the model (folder or hub id), else the built-in one of 2048 tokens.
 
-    Its `chat_template` is set to what `data.chat_template` asks for, so that a saved copy prompts as it was trained.
+    Its `chat_template` is set to what `data.chat_template` asks for, so that a saved copy prompts as it was trained. It may
+    have none: raw text needs none.
 
     Raises:
-        DataError: it cannot be loaded, or there is no chat template.
+        DataError: the tokenizer, or the template that is asked for, cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -41,7 +42,8 @@ def load_tokenizer(data: Data, model_path: str | None, *, trust_remote_code: boo
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = _absence(Path(source).expanduser()) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(Fault(field, f"no tokenizer can be loaded from {source}: {reason[:200]}", remedy)) from error
-    tokenizer.chat_template = resolve_template(data.chat_template, tokenizer)
+    if data.chat_template or tokenizer.chat_template:
+        tokenizer.chat_template = resolve_template(data.chat_template, tokenizer)
     return tokenizer
 
 

@@ -29,6 +29,7 @@ from orchestrator.spec.run import (
     Run,
     RunSpec,
     Schedule,
+    Source,
     Tuning,
 )
 from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Shard, Strategy
@@ -36,7 +37,7 @@ from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Shard
 __all__ = [
     "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card",
     "Checkpoint", "Cluster", "Data", "Engine", "Evaluation", "Export", "Home", "Logging", "Loss", "Model", "ModelShape",
-    "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Strategy", "Tuning", "digest",
-    "expand_targets", "from_json", "parameters", "quantised", "scale_elements", "stored", "stored_shape", "to_json",
-    "with_lora",
+    "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Source", "Strategy", "Tuning",
+    "digest", "expand_targets", "from_json", "parameters", "quantised", "scale_elements", "stored", "stored_shape",
+    "to_json", "with_lora",
 ]  # fmt: skip

@@ -67,8 +67,19 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """One place of data: file, folder, pattern or hub id. An epoch shows each of its rows `weight` times."""
+
+    path: str
+    weight: float = 1.0
+    format: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
-    """`path` None: the built-in sample. `format` "auto", "alpaca" or "messages". `tokenizer` None: the model's own.
+    """`path` None and no `sources`: the built-in sample. `format` "auto", "alpaca", "messages", "completion" or "text".
+    `tokenizer` None: the model's own. `split` and `subset` name a part of a hub dataset, which `streaming` reads without a
+    copy; `max_rows` of each source are read, all where it is None. `workers` None: as many processes as there are cores.
 
     `eval_fraction` of the samples is held out, chosen by `seed`; `on_malformed` "refuse" or "skip"; `packing` "none" (a row
     is one sample) or "best_fit" (several in a row of `seq_len` tokens, blind to each other).
@@ -81,9 +92,15 @@ class Data:
     chat_template: str | None = None
     eval_fraction: float = 0.0
     on_malformed: str = "refuse"
-    on_long: str = "truncate"
+    on_long: str = "auto"
     cache_dir: str | None = None
     packing: str = "none"
+    sources: tuple[Source, ...] = ()
+    split: str = "train"
+    subset: str | None = None
+    streaming: bool = False
+    max_rows: int | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from orchestrator import data
 from orchestrator.train.memory import Memory
 from orchestrator.units import format_bytes, format_count, format_seconds
 
 LOG = logging.getLogger("orchestrator.train")
 _PLAIN_WIDTH = 140
+QUIET_SECONDS = 2.0
+"""Tokenising that is done before this is not worth a word."""
 
 
 def count(number: int, noun: str) -> str:
@@ -63,6 +66,7 @@ class Display:
         if not self._console.is_terminal:
             self._console = console or Console(width=_PLAIN_WIDTH, soft_wrap=True)
         self._progress: Progress | None = None
+        self._next_word = 0.0
         self._began, self._begun_at, self._total = 0.0, 0, 0
 
     def note(self, text: str) -> None:
@@ -70,6 +74,21 @@ class Display:
         if self._speaks:
             self._console.print(text, highlight=False, markup=False)
             LOG.info("%s", text)
+
+    def preparing(self, progress: data.Progress) -> None:
+        """How far the tokenising has come: in place on a terminal, elsewhere a line now and then."""
+        if not self._speaks or progress.seconds < QUIET_SECONDS:
+            return
+        rate = f"{format_count(progress.tokens)} tokens, {format_count(round(progress.tokens / progress.seconds))}/s"
+        text = f"data     tokenising, {progress.share:.0%}: {rate}" if progress.share else f"data     tokenising: {rate}"
+        if progress.share:
+            text += f", left {format_seconds(progress.seconds / progress.share * (1 - progress.share))}"
+        if self._console.is_terminal:
+            last = progress.share >= 1
+            self._console.print(f"{text:<{self._console.width - 1}}", end="\n" if last else "\r", highlight=False, markup=False)
+        elif progress.seconds >= self._next_word:
+            self._next_word = 2 * progress.seconds
+            self._console.print(text, highlight=False, markup=False)
 
     def begin(self, done: int, total: int) -> None:
         """Show progress from step `done` to `total`."""

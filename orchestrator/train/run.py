@@ -78,9 +78,13 @@ def identity(spec: RunSpec) -> dict[str, Any]:
 
 def course(spec: RunSpec, prepared: Any) -> dict[str, Any]:
     """What decides, with the seed, which samples make up a step."""
+    packed = {"data.packing": spec.data.packing} if spec.data.packing != "none" else {}
+    weighted = {"data.sources": [source.weight for source in spec.data.sources]} if spec.data.sources else {}
     return {
         "data": prepared.digest,
         "data.eval_fraction": spec.data.eval_fraction,
+        **packed,
+        **weighted,
         "batch.global_size": spec.batch.global_size,
     }
 
@@ -197,20 +201,24 @@ class Run:
         return Reader(choice.checkpoint) if choice.checkpoint is not None else None
 
     def _prepare(self) -> tuple[Any, Any, int]:
-        """(tokenizer, prepared data, total optimizer steps). Rank 0 tokenises while the others wait, then all open it."""
+        """(tokenizer, prepared data, total optimizer steps). Rank 0 tokenises while the others wait, then all open it; on a
+        machine that does not share its cache, the first rank there tokenises again."""
         spec = self.spec
         cache = cache_folder(spec)
 
         def load() -> tuple[Any, Any]:
             tokenizer = data.load_tokenizer(spec.data, spec.model.path, trust_remote_code=spec.model.trust_remote_code)
-            return tokenizer, data.prepare(spec.data, tokenizer, spec.seed, cache)
+            return tokenizer, data.prepare(spec.data, tokenizer, spec.seed, cache, self.display.preparing)
 
         def first() -> bool:
             self._loaded = load()
             return True
 
         self.world.on_first(first)
-        tokenizer, prepared = self._loaded if self.world.first else load()
+        if not self.world.first and self.world.local_rank == 0:
+            first()
+        self.world.barrier()
+        tokenizer, prepared = self._loaded if self.world.local_rank == 0 else load()
         vocabulary = self.spec.model.shape.vocab_size if self.spec.model.shape is not None else None
         if vocabulary is not None:
             data.check_vocabulary(prepared, vocabulary)
@@ -272,10 +280,14 @@ class Run:
         ranks = f"{count(self.world.size, 'rank')} on {self.world.device.type}"
         note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}")
         product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {count(spec.strategy.dp, 'rank')}"
-        note(
-            f"batch    {spec.batch.global_size} samples a step = {product}; "
-            f"{len(prepared.train)} samples, {len(prepared.eval)} held out"
-        )
+        rows = data.rows_of(prepared)
+        packed = spec.data.packing != "none"
+        unit = "rows" if packed else "samples"
+        held = f"{len(prepared.train)} samples"
+        if packed:
+            held += f" packed into {len(rows)} rows of {spec.data.seq_len} tokens, {rows.fill(spec.data.seq_len):.1%} full"
+        note(f"data     {prepared.report.sentence()}")
+        note(f"batch    {spec.batch.global_size} {unit} a step = {product}; {held}, {len(prepared.eval)} held out")
         for row in self._layout.at(STEPPED):
             home = home_word(row.home, spec.cluster.card.name)
             LOG.info("at rest on rank 0: %s %s %s %s", row.line, row.dtype, home, format_bytes(row.bytes))

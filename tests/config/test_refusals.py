@@ -93,7 +93,10 @@ REFUSALS = [
     # data and resume
     ("data=local", 1, ["data=local needs a file", "data.path=FILE"]),
     ("data.path=/nowhere.json", 1, ["no file /nowhere.json", ".jsonl"]),
-    ("data.path=/tmp", 1, ["/tmp is a folder"]),
+    ("data.path=/tmp data.sources=[{path:/tmp}]", 1, ["/tmp and 1 sources are given", "name it as one of data.sources"]),
+    ("data.sources=[{path:/tmp,weight:0}]", 1, ["weight 0 of /tmp would show none of its rows", "give a weight above 0"]),
+    ("data.sources=[{weight:2}]", 1, ["data.sources[0].path: the source has no path"]),
+    ("data.max_rows=0", 1, ["data.max_rows=0 must be at least 1"]),
     ("data.tokenizer=/nowhere", 1, ["data.tokenizer: there is no folder /nowhere"]),
     ("resume=last", 1, ["'last' is neither none nor auto"]),
     ("eval.every=5", 1, ["data.eval_fraction=0 holds out no samples", "data.eval_fraction=0.05"]),

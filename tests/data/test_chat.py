@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.data import choose_pad_id, load_tokenizer
+from orchestrator.data import choose_pad_id, load_tokenizer, prepare
 from orchestrator.data.chat import BUILT_IN, open_chat, resolve_template
 from orchestrator.data.conversation import Conversation, Malformed
 from orchestrator.data.tokenizer import SAMPLE
@@ -48,7 +49,8 @@ TWO_ANSWERS = Conversation(
 
 def learned(tokenizer: Any, template: str, conversation: Conversation = TWO_ANSWERS) -> list[str]:
     """The learned runs of the conversation, as text."""
-    ids, mask = open_chat(tokenizer, template).encode(conversation)
+    encoded = open_chat(tokenizer, template).encode(conversation)
+    ids, mask = encoded.ids.tolist(), encoded.learned.tolist()
     runs: list[list[int]] = []
     for place, (token, flag) in enumerate(zip(ids, mask, strict=True)):
         if flag and (place == 0 or not mask[place - 1]):
@@ -60,8 +62,8 @@ def learned(tokenizer: Any, template: str, conversation: Conversation = TWO_ANSW
 
 @pytest.mark.parametrize(
     "template",
-    [UNMARKED, MARKED_WITHOUT_END, MARKED_WITH_BREAK, THINKING_PROMPT, *BUILT_IN.values(), None],
-    ids=["unmarked", "marked without end", "marked with line break", "thinking prompt", *BUILT_IN, "own"],
+    [UNMARKED, MARKED_WITHOUT_END, MARKED_WITH_BREAK, THINKING_PROMPT, BUILT_IN["chatml"], BUILT_IN["alpaca"], None],
+    ids=["unmarked", "marked without end", "marked with line break", "thinking prompt", "chatml", "alpaca", "own"],
 )
 def test_each_answer_and_its_end_token_is_learned_and_no_more(tokenizer: Any, template: str | None) -> None:
     assert learned(tokenizer, template or tokenizer.chat_template) == ["A word.<|im_end|>", "Yes, 日本!<|im_end|>"]
@@ -95,7 +97,9 @@ def test_marked_and_located_masks_agree(tokenizer: Any) -> None:
     one, other = open_chat(tokenizer, marked), open_chat(tokenizer, UNMARKED)
     assert one.marked
     assert not other.marked
-    assert one.encode(TWO_ANSWERS) == other.encode(TWO_ANSWERS)
+    marked, located = one.encode(TWO_ANSWERS), other.encode(TWO_ANSWERS)
+    assert marked.ids.tolist() == located.ids.tolist()
+    assert marked.learned.tolist() == located.learned.tolist()
 
 
 def test_tools_are_told_in_words_where_the_template_knows_none(tokenizer: Any) -> None:
@@ -109,7 +113,7 @@ def test_tools_are_told_in_words_where_the_template_knows_none(tokenizer: Any) -
         ),
         ({"type": "function", "function": {"name": "add"}},),
     )
-    ids, _ = open_chat(tokenizer, UNMARKED).encode(conversation)
+    ids = open_chat(tokenizer, UNMARKED).encode(conversation).ids
     text = tokenizer.decode(ids)
     assert text.startswith('<|im_start|>system\nTools that can be called:\n{"name": "add"}<|im_end|>')
     assert "<|im_start|>user\n2<|im_end|>" in text
@@ -143,19 +147,34 @@ def test_a_template_that_cannot_teach_answers_is_refused(tokenizer: Any, templat
     with pytest.raises(DataError) as caught:
         open_chat(tokenizer, template)
     assert expected in str(caught.value)
-    assert "set data.chat_template to chatml, alpaca or a template file" in str(caught.value)
+    assert "set data.chat_template to chatml, llama3, alpaca or a template file" in str(caught.value)
 
 
 def test_a_tokenizer_without_template_needs_a_choice(tmp_path: Path, tokenizer: Any) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     bare.save_pretrained(tmp_path)
+    data = Data(None, 128, tokenizer=str(tmp_path))
     with pytest.raises(DataError, match="has no chat template") as caught:
-        load_tokenizer(Data(None, 128, tokenizer=str(tmp_path)), None)
-    assert "chatml, alpaca or a template file" in str(caught.value)
-    for choice in BUILT_IN:
-        chosen = load_tokenizer(Data(None, 128, tokenizer=str(tmp_path), chat_template=choice), None)
-        assert chosen.chat_template == BUILT_IN[choice]
+        prepare(data, load_tokenizer(data, None), 0, tmp_path / "cache")
+    assert "set data.chat_template to chatml or alpaca, whose tokens this tokenizer has, or to a template file" in str(
+        caught.value
+    )
+    with pytest.raises(DataError, match=r"llama3 ends a turn with <\|eot_id\|>, which .* does not know"):
+        load_tokenizer(replace(data, chat_template="llama3"), None)
+    for choice in ("chatml", "alpaca"):
+        assert load_tokenizer(replace(data, chat_template=choice), None).chat_template == BUILT_IN[choice]
+
+
+def test_the_turns_of_llama_3_end_with_its_own_token(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    other.add_special_tokens({"additional_special_tokens": names})
+    assert learned(other, BUILT_IN["llama3"]) == ["A word.<|eot_id|>", "Yes, 日本!<|eot_id|>"]
+
+
+def test_template_files_are_read(tmp_path: Path, tokenizer: Any) -> None:
+    bare = copy.deepcopy(tokenizer)
     (tmp_path / "mine.jinja").write_text(UNMARKED)
     assert resolve_template(str(tmp_path / "mine.jinja"), bare) == UNMARKED
     with pytest.raises(DataError, match=r"nowhere\.jinja cannot be read: No such file"):

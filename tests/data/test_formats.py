@@ -218,10 +218,6 @@ def check_answers(tokenizer: Any, prepared: Prepared, row: int, conversation: Co
 
 
 def test_real_preference_pairs_are_refused(shared_data: Path, prepared_file: Callable[..., Prepared]) -> None:
-    with pytest.raises(DataError, match="preference pairs"):
-        prepared_file(shared_data / "dpo_en_demo.json")
-
-
-def test_real_raw_text_is_refused(shared_data: Path, prepared_file: Callable[..., Prepared]) -> None:
-    with pytest.raises(DataError, match="raw text"):
-        prepared_file(shared_data / "c4_demo.jsonl")
+    for kind in ("auto", "messages"):
+        with pytest.raises(DataError, match=r"preference pairs .*: two answers of which one is liked better"):
+            prepared_file(shared_data / "dpo_en_demo.json", format=kind)

@@ -157,12 +157,11 @@ def test_ids_outside_the_vocabulary_are_refused(sample: Prepared) -> None:
 
 def test_files_that_are_none(prepared_file: Prepare, tmp_path: Path) -> None:
     assert "nowhere.json does not exist" in refused(prepared_file, tmp_path / "nowhere.json")
-    (tmp_path / "rows.json").write_text("[]")
-    text = refused(prepared_file, tmp_path)
-    assert "is a folder; it holds 1 data files: rows.json" in text
-    assert "name one file" in text
     (tmp_path / "none").mkdir()
-    assert "it holds no .json, .jsonl, .parquet, .arrow file" in refused(prepared_file, tmp_path / "none")
+    (tmp_path / "none" / "notes.md").touch()
+    text = refused(prepared_file, tmp_path / "none")
+    assert "none holds no .json, .jsonl, .parquet, .arrow, .txt file; it holds notes.md" in text
+    assert "no data file matches" in refused(prepared_file, tmp_path / "none" / "*.json")
     (tmp_path / "rows.csv").write_text("a,b")
     assert "rows.csv has the unknown extension '.csv'" in refused(prepared_file, tmp_path / "rows.csv")
 
@@ -208,7 +207,7 @@ def test_an_empty_file(prepared_file: Prepare, tmp_path: Path, suffix: str) -> N
         ("n.json", b"[1, 2]", "none of the first 2 rows"),
         ("o.jsonl", b'{"a": 1, "b": 2}', "of no known format; found: a, b"),
         ("p.jsonl", b'{"chosen": "a", "rejected": "b"}', "these are preference pairs"),
-        ("q.jsonl", b'{"text": "a"}', "this is raw text"),
+        ("q.jsonl", b'{"prompt": "a", "completion": "b", "label": true}', "these are rated answers"),
         ("r.parquet", b"PAR1 and then nothing more", "is not a whole Parquet file"),
         ("s.arrow", b"ARROW1 and then nothing more", "is not a whole Arrow file"),
         ("t.arrow", b"something else", "is not a whole Arrow file"),
