@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from orchestrator.layout import LOADED, lay_out
 from orchestrator.planner.activations import FP32, activations
 from orchestrator.planner.device import WORKSPACE_BYTES
 from orchestrator.planner.losses import LossCode
@@ -31,7 +32,7 @@ from orchestrator.spec import (
     Strategy,
     Tuning,
 )
-from orchestrator.units import GIB, MIB
+from orchestrator.units import GIB, MIB, dtype_bytes
 
 QUALITIES = ("A", "B")
 
@@ -68,6 +69,9 @@ CARDS: tuple[tuple[str, Card], ...] = (
     (r"A100|80 ?GB", Card("A100-80", 81100 * MIB, 312.0, 2039.0, 300.0, bf16=True)),
     (r"H100", Card("H100", 81559 * MIB, 989.0, 3350.0, 450.0, bf16=True)),
     (r"4090", Card("RTX4090", 24166 * MIB, 165.0, 1008.0, 32.0, bf16=True)),
+    (r"\b12 ?GB", Card("12GB", 12288 * MIB, 71.0, 360.0, 32.0, bf16=True)),
+    (r"\b16 ?GB", Card("16GB", 16384 * MIB, 71.0, 448.0, 32.0, bf16=True)),
+    (r"\b48 ?GB", Card("48GB", 49140 * MIB, 150.0, 768.0, 32.0, bf16=True)),
     (r"3090|A5000|RTX6000|24 ?GB", Card("RTX3090", 24576 * MIB, 71.0, 936.0, 32.0, bf16=True)),
 )
 """The card by a pattern of the row's; it decides the limit, the workspace and nothing else."""
@@ -160,9 +164,13 @@ def _strategy(row: Mapping[str, str]) -> Strategy | str:
 def _refusal(row: Mapping[str, str]) -> str | None:
     """Why the row is not a run of this project; None where it can be one."""
     method, precision = row["method"], row["precision"]
-    if method not in ("lora", "full"):
-        return f"method {method.split(' ')[0]}: the project has full and LoRA"
-    if re.search("8|int|gptq|nf4", precision.replace("fp32 params, bf16 compute; bf16", ""), re.IGNORECASE):
+    if method not in ("lora", "qlora", "full"):
+        return f"method {method.split(' ')[0]}: the project has full, LoRA and QLoRA"
+    if method == "qlora" and not re.search("nf4", precision, re.IGNORECASE):
+        return f"precision {precision}: the project's QLoRA is bitsandbytes' NF4"
+    if method != "qlora" and re.search(
+        "8|int|gptq|nf4", precision.replace("fp32 params, bf16 compute; bf16", ""), re.IGNORECASE
+    ):
         return f"precision {precision}"
     if "mixed" in precision and "FSDP" not in precision:
         return "fp32 weights under autocast: the project holds a working copy instead"
@@ -187,7 +195,10 @@ def _tuning(row: Mapping[str, str]) -> Tuning | str:
     rank = re.match(r"\d+", row["lora_rank"])
     if not isinstance(targets, tuple) or rank is None:
         return f"LoRA rank {row['lora_rank'] or 'unknown'} on {row['lora_targets'] or 'unknown layers'}"
-    return Tuning("lora", rank=int(rank[0]), targets=targets)
+    if row["method"] == "lora":
+        return Tuning("lora", rank=int(rank[0]), targets=targets)
+    double = "no double quant" not in row["precision"]  # bitsandbytes.nn.Linear4bit quantises its scales unless told not to
+    return Tuning("qlora", rank=int(rank[0]), targets=targets, quant="nf4", double_quant=double)
 
 
 def express(row: Mapping[str, str], base: RunSpec) -> Expressed | str:
@@ -225,12 +236,30 @@ def express(row: Mapping[str, str], base: RunSpec) -> Expressed | str:
     return Expressed(spec, kind, measured or card.memory_bytes, fitted)
 
 
+AS_LOADED = ("frozen", "scales", "weights", "adapters")
+"""Lines of a model that no optimizer knows yet."""
+
+
 def _after_forward(spec: RunSpec, plan: Plan) -> int:
     """Bytes allocated when the forward has returned its logits in fp32: weights, what autograd keeps, and those."""
     held = activations(spec, shape_for(spec))
-    weights = sum(p.numel for p in table_for(spec)) * 2
+    weights = sum(row.bytes for row in lay_out(spec, table_for(spec)).at(LOADED) if row.line in AS_LOADED)
     logits = spec.batch.micro * spec.data.seq_len * shape_for(spec).vocab_size * FP32
-    return weights + held.saved + logits + WORKSPACE_BYTES["earlier"]
+    return weights + held.saved + _inputs_kept(spec) + logits + WORKSPACE_BYTES["earlier"]
+
+
+def _inputs_kept(spec: RunSpec) -> int:
+    """What bitsandbytes before 0.43.2 kept of a quantised base beyond autograd: every linear layer's input, as an attribute
+    that recompute does not free (release notes of 0.43.2; autograd/_functions.py of 0.43.1, MatMul4Bit `ctx.tensors = (A, B)`).
+    q, k and v share theirs, so do gate and up; without recompute the inputs of q and of o are among the activations."""
+    if not spec.tuning.form:
+        return 0
+    shape, c = shape_for(spec), dtype_bytes(spec.precision.compute)
+    tokens = spec.batch.micro * spec.data.seq_len * shape.num_hidden_layers
+    width = shape.hidden_size + shape.intermediate_size
+    if spec.recompute != "none":
+        width += shape.hidden_size + shape.num_attention_heads * shape.head_dim
+    return tokens * c * width
 
 
 def score(row: Mapping[str, str], base: RunSpec, basis: str = LAYOUT) -> Score | str:

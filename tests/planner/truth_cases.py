@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import strategies as sharded
 
@@ -18,6 +18,14 @@ SHAPE = s.ModelShape(
 
 CHUNK = 16
 """Tokens that go through the head at once: four chunks in a micro-batch."""
+
+LORA = s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
+TUNINGS = {
+    "full": s.Tuning("full"),
+    "lora": LORA,
+    "nf4": replace(LORA, kind="qlora", quant="nf4"),
+    "nf4x2": replace(LORA, kind="qlora", quant="nf4", double_quant=True),
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,9 @@ def all_cases(ranks: int) -> list[Case]:
         ("lora", "bf16", "full", 1),
         ("lora", "fp32", "none", 2),
     ]
+    product += [("nf4x2", "bf16", "full", 1), ("nf4", "fp32", "none", 2)]
     if ranks == 4:
-        product = [("full", "bf16", "none", 2), ("lora", "bf16", "full", 1)]
+        product = [("full", "bf16", "none", 2), ("lora", "bf16", "full", 1), ("nf4x2", "bf16", "none", 1)]
     cases = [Case(ranks, name, *rest) for name, rest in itertools.product(strategies(ranks), product)]
     return cases + [case for case in OTHERS if case.ranks == ranks]
 
@@ -69,18 +78,19 @@ SAMPLE = [
     Case(2, "zero3_cpu", "full", "bf16", "none", 1),
     Case(2, "full_shard", "full", "fp32", "full", 2),
     Case(2, "shard_grad_op", "lora", "fp32", "none", 2),
+    Case(2, "zero3", "nf4x2", "bf16", "full", 1),
+    Case(2, "full_shard", "nf4x2", "bf16", "full", 1),
 ]
 """What continuous integration checks; each is also in `all_cases`."""
 
 
 def run_spec(case: Case, shape: s.ModelShape = SHAPE) -> s.RunSpec:
     """The spec of a case: two samples a rank and micro-batch, 32 tokens each."""
-    lora = s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
     micro = 2
     card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
     return s.RunSpec(
         run=s.Run(None, 2, 1), seed=7, model=s.Model("small", None, False, shape),
-        tuning=lora if case.tuning == "lora" else s.Tuning("full"), strategy=strategies(case.ranks)[case.strategy],
+        tuning=TUNINGS[case.tuning], strategy=strategies(case.ranks)[case.strategy],
         batch=s.Batch(micro * case.ranks * case.accumulation, micro, case.accumulation), data=s.Data(None, 32),
         optimizer=s.Optimizer("adamw", lr=1e-3), schedule=s.Schedule("constant", 0), recompute=case.recompute,
         precision=s.Precision(case.compute), cluster=s.Cluster("local", 1, case.ranks, card),

@@ -50,6 +50,13 @@ def test_a_row_becomes_a_run(base):
     assert isinstance(offloaded, Expressed) and offloaded.spec.strategy.parameter_home is Home.CPU
 
 
+def test_a_quantised_row_says_whether_its_scales_are_too(base):
+    row = {**ROW, "method": "qlora", "precision": "bf16 (all, incl. adapters) + bnb NF4"}
+    for precision, form in ((row["precision"], "nf4-double"), (f"{row['precision']}, no double quant", "nf4")):
+        run = express({**row, "precision": precision}, base)
+        assert isinstance(run, Expressed) and run.spec.tuning.form == form
+
+
 @pytest.mark.parametrize(
     ("unit", "meter", "size"),
     [
@@ -73,7 +80,8 @@ def test_an_outcome_is_scored_as_fit_or_not(base):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"method": "qlora"}, "the project has full and LoRA"),
+        ({"method": "galore"}, "the project has full, LoRA and QLoRA"),
+        ({"method": "qlora", "precision": "bf16 compute + int4 (gptq)"}, "the project's QLoRA is bitsandbytes' NF4"),
         ({"precision": "bf16 compute + int8 (gptq)"}, "precision bf16 compute"),
         ({"precision": "bf16-mixed (fp32 weights, autocast)"}, "fp32 weights under autocast"),
         ({"method": "full", "engine": "none", "n_gpus": "1"}, "keeps an fp32 master"),
