@@ -19,6 +19,7 @@ from orchestrator import spec
 from orchestrator.config import checks, computing
 from orchestrator.config.catalog import CONF_DIR
 from orchestrator.config.idle import idle_faults
+from orchestrator.config.optimizer import build_optimizer, optimizer_faults
 from orchestrator.config.overrides import check_overrides, composition_fault
 from orchestrator.config.ranges import path_faults, range_faults
 from orchestrator.config.schema import ClusterConf, Compute, DataConf, RootConf, TuningConf, TuningKind
@@ -85,15 +86,6 @@ def choose_precision(compute: Compute, card: spec.Card) -> str:
 
 def _tiny(model: spec.Model) -> bool:
     return model.name == TINY and model.path is None
-
-
-def choose_lr(lr: float | None, tuning: TuningKind, tiny: bool) -> float:
-    """The peak learning rate: as given, else by what is trained."""
-    if lr is not None:
-        return lr
-    if tiny:
-        return 3e-3
-    return 2e-5 if tuning is TuningKind.full else 2e-4
 
 
 def choose_micro(micro: int | None, share: int, tiny: bool) -> int:
@@ -167,6 +159,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.target_faults(conf.tuning, model.shape),
         *checks.quant_faults(conf.tuning, model.shape),
         *computing.loss_faults(conf.loss, cluster, model),
+        *optimizer_faults(conf.optimizer.name, conf.zero, conf.offload.optimizer, cluster),
         *checks.export_faults(conf.export.merge, conf.tuning.kind),
         *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
     ]
@@ -177,7 +170,6 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
     strategy = build_strategy(conf, ranks, cluster, model.shape)
     share = conf.batch.global_size // strategy.dp
     micro = choose_micro(conf.batch.micro, share, _tiny(model))
-    first, second = conf.optimizer.betas
     return spec.RunSpec(
         run=spec.Run(_home(conf.run.dir), conf.run.steps, conf.run.epochs),
         seed=conf.seed,
@@ -186,14 +178,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         strategy=strategy,
         batch=spec.Batch(conf.batch.global_size, micro, share // micro),
         data=_data(conf.data, choose_seq_len(conf.data, model.shape)),
-        optimizer=spec.Optimizer(
-            name=conf.optimizer.name.value,
-            lr=choose_lr(conf.optimizer.lr, conf.tuning.kind, _tiny(model)),
-            betas=(first, second),
-            eps=conf.optimizer.eps,
-            weight_decay=conf.optimizer.weight_decay,
-            clip=conf.optimizer.clip,
-        ),
+        optimizer=build_optimizer(conf, _tiny(model)),
         schedule=spec.Schedule(conf.schedule.kind.value, conf.schedule.warmup, conf.schedule.min_ratio),
         recompute=conf.recompute.kind.value,
         precision=spec.Precision(choose_precision(conf.precision.compute, cluster.card)),

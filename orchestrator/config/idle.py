@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.config.schema import FsdpKind, LossKind, RootConf, TuningKind
+from orchestrator.config.schema import FsdpKind, LossKind, OptimizerName, RootConf, TuningKind
 from orchestrator.errors import Fault
 
 Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
@@ -46,6 +46,30 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.offload.optimizer or conf.offload.parameters,
         "offload=none moves nothing to host memory",
         "add offload=cpu or offload=optimizer",
+    ),
+    (
+        ("optimizer.betas",),
+        lambda conf: conf.optimizer.name is not OptimizerName.adafactor,
+        "Adafactor has no betas; optimizer.forgetting says how fast its moment forgets",
+        "use another optimizer",
+    ),
+    (
+        ("optimizer.eps",),
+        lambda conf: conf.optimizer.name not in (OptimizerName.adafactor, OptimizerName.lion),
+        "Adafactor and Lion divide by nothing that needs it",
+        "use another optimizer",
+    ),
+    (
+        ("optimizer.momentum",),
+        lambda conf: conf.optimizer.name is OptimizerName.muon,
+        "only Muon has a momentum of its own",
+        "add optimizer=muon",
+    ),
+    (
+        ("optimizer.forgetting", "optimizer.update_clip"),
+        lambda conf: conf.optimizer.name is OptimizerName.adafactor,
+        "only Adafactor reads it",
+        "add optimizer=adafactor",
     ),
 )  # fmt: skip
 

@@ -43,6 +43,9 @@ RULES: tuple[Rule, ...] = (
         lambda betas: len(betas) == 2 and all(0 <= b < 1 for b in betas),
         "must be two numbers from 0 to below 1",
     ),
+    ("optimizer.momentum", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    ("optimizer.forgetting", _positive, "must be above 0"),
+    ("optimizer.update_clip", _positive, "must be above 0"),
     ("schedule.warmup", _at_least(0), "must be at least 0"),
     (
         "schedule.warmup",

@@ -71,6 +71,12 @@ class Packing(Enum):
 
 class OptimizerName(Enum):
     adamw = "adamw"
+    adamw_bf16 = "adamw_bf16"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    lion = "lion"
+    muon = "muon"
 
 
 class ScheduleKind(Enum):
@@ -245,11 +251,17 @@ class DataConf:
 @dataclass
 class OptimizerConf:
     name: OptimizerName = key(OptimizerName.adamw, "which optimizer (set by the group)")
-    lr: float | None = key(None, "peak learning rate; null: 2e-5 for full, 2e-4 for lora and qlora, 3e-3 for the tiny model")
-    betas: list[float] = key([0.9, 0.999], "decay of the first and second moment")
-    eps: float = key(1e-8, "added to the root of the second moment")
+    lr: float | None = key(
+        None,
+        "peak learning rate; null: 2e-5 for full, 2e-4 for lora and qlora, 3e-3 for the tiny model; a fifth of it for Lion",
+    )
+    betas: list[float] = key([0.9, 0.999], "AdamW: decay of the first and second moment; Lion: of what is applied and kept")
+    eps: float = key(1e-8, "AdamW: added to the root of the second moment")
     weight_decay: float = key(0.0, "decoupled decay of each weight, times the rate")
     clip: float = key(1.0, "largest norm of the global gradient; 0: no clipping")
+    momentum: float = key(0.95, "Muon: decay of the momentum of matrices")
+    forgetting: float = key(0.8, "Adafactor: the second moment of step t keeps 1 - t^-forgetting of itself")
+    update_clip: float = key(1.0, "Adafactor: largest root mean square of an update, before the rate")
 
 
 @dataclass

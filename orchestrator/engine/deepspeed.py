@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.data.batch import MicroBatch
-from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
+from orchestrator.engine import optimizers
 from orchestrator.engine.census import measure
 from orchestrator.engine.materialize import (
     StoredWeights,
@@ -33,6 +33,7 @@ from orchestrator.engine.materialize import (
     without_storage,
 )
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
+from orchestrator.engine.states import Fragment
 from orchestrator.layout import Row, lower
 from orchestrator.spec import Home, RunSpec, Shard
 from orchestrator.units import TORCH_NAMES, ceil_div
@@ -98,7 +99,7 @@ class DeepSpeedEngine:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW inside whatever DeepSpeed wrapped around it."""
+        """The optimizer inside whatever DeepSpeed wrapped around it."""
         inner: torch.optim.Optimizer = getattr(self.zero, "optimizer", self.zero)
         return inner
 
@@ -118,11 +119,11 @@ class DeepSpeedEngine:
             cast(model, lambda parameter: self.compute)
             materialize(model, self.device)
             fill(model, weights)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         with _buffers_kept(model):
             self.engine, self.zero, _, _ = self.deepspeed.initialize(
                 model=model,
-                optimizer=make_adamw(trained, self.spec.optimizer),
+                optimizer=optimizers.make_optimizer(trained, self.spec),
                 config=self.config,
                 dist_init_required=False,
             )
@@ -175,7 +176,7 @@ class DeepSpeedEngine:
         return loss.detach()
 
     def step(self, lr: float) -> StepResult:
-        set_lr(self.optimizer, lr)
+        optimizers.set_lr(self.optimizer, lr)
         if self.shard is Shard.NONE and self.compute == torch.float32:
             return self._step_unsharded_fp32()
         skipped = self.engine.skipped_steps
@@ -193,7 +194,7 @@ class DeepSpeedEngine:
         if not finite:
             for gradient in gradients:
                 gradient.zero_()
-            set_lr(self.optimizer, 0.0)
+            optimizers.set_lr(self.optimizer, 0.0)
         self.engine.step()
         return StepResult(grad_norm, finite)
 
@@ -203,7 +204,7 @@ class DeepSpeedEngine:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
     def _masters(self) -> list[torch.Tensor]:
-        """The fp32 tensors that AdamW updates, as it knows them."""
+        """The fp32 tensors that the optimizer updates, as it knows them."""
         if self.shard is Shard.PARAMETERS:
             return list(self.zero.fp32_partitioned_groups_flat)
         if self.shard is not Shard.NONE:
@@ -212,50 +213,35 @@ class DeepSpeedEngine:
             return [master for group in self.zero.fp32_groups for master in group]
         return [parameter for _, parameter in self._trained()]
 
-    def _fragments(self) -> Iterator[tuple[str, Any, torch.Tensor, int, int, int]]:
-        """(name, parameter, master that holds it, offset in the master, offset in the parameter, elements) on this rank."""
+    def _fragments(self) -> Iterator[Fragment]:
+        """What of each parameter this rank's masters hold."""
         masters = self._masters()
         if self.shard is Shard.NONE:
             for (name, parameter), master in zip(self._trained(), masters, strict=True):
-                yield name, parameter, master, 0, 0, parameter.numel()
+                yield Fragment(name, tuple(parameter.shape), master, 0, 0, parameter.numel())
         elif self.shard is Shard.PARAMETERS:
             for name, parameter in self._trained():
                 group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
                 start, stop = self._partition(parameter)
                 if stop > start:
-                    yield name, parameter, masters[group], offset, start, stop - start
+                    yield Fragment(name, tuple(parameter.ds_shape), masters[group], offset, start, stop - start)
         else:
             for name, parameter in self._trained():
                 fragment = parameter._hp_mapping
                 if fragment is not None:
                     address, own = fragment.get_hp_fragment_address(), fragment.lp_fragment_address
-                    yield name, parameter, masters[fragment.param_group_index], address.start, own.start, own.numel
+                    master = masters[fragment.param_group_index]
+                    yield Fragment(name, tuple(parameter.shape), master, address.start, own.start, own.numel)
 
     def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
         scale = float(getattr(self.zero, "cur_scale", 1.0)) if self.compute == torch.float16 else 1.0
-        return self._pieces(), {"optimizer_steps": steps_taken(self.optimizer), "loss_scale": scale}
-
-    def _pieces(self) -> Iterator[Piece]:
         owned = self.shard is not Shard.NONE or self.rank == 0
-        for name, parameter, master, offset, start, count in self._fragments():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            state = self.optimizer.state.get(master, {})
-            tensors = {"weight": master.detach(), **{kind: state.get(kind) for kind in MOMENTS}}
-            for kind, tensor in tensors.items():
-                if tensor is not None:
-                    yield Piece(name, kind, shape, start, tensor.reshape(-1).narrow(0, offset, count), owned)
+        pieces = optimizers.pieces(self.optimizer, self._fragments(), owned)
+        return pieces, optimizers.scalars(self.optimizer, self.spec, scale)
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
-        steps = int(scalars["optimizer_steps"])
-        if steps:
-            for master in self._masters():
-                self.optimizer.state[master] = fresh_state(master, steps)
-        for name, _, master, offset, start, count in self._fragments():
-            state = self.optimizer.state.get(master, {})
-            for kind, tensor in {"weight": master.detach(), **{kind: state.get(kind) for kind in MOMENTS}}.items():
-                if tensor is not None:
-                    tensor.view(-1).narrow(0, offset, count).copy_(read(name, kind, start, start + count))
+        optimizers.load(self.optimizer, self.spec, self._masters(), self._fragments(), read, scalars)
         self._publish(read)
         if self.compute == torch.float16 and hasattr(self.zero, "loss_scaler"):
             self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
@@ -287,7 +273,7 @@ class DeepSpeedEngine:
         parameters: list[Any] = list(self.model.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
         masters = self._masters()
-        moments = [state.get(kind) for state in self.optimizer.state.values() for kind in MOMENTS]
+        moments = optimizers.live_states(self.optimizer, optimizer_home)
         leaf_gradients = [p.grad for p in parameters]
         if self.shard is Shard.PARAMETERS:
             return measure(
@@ -297,7 +283,7 @@ class DeepSpeedEngine:
                     (line, strategy.parameter_home, [p.ds_tensor for p in parameters if p.requires_grad]),
                     ("persistent", Home.GPU, [p.data for p in parameters if p.numel()]),
                     ("master", optimizer_home, masters),
-                    ("moments", optimizer_home, moments),
+                    *moments,
                     ("gradients", optimizer_home, [zero.grad_partitions_flat_buffer, *(m.grad for m in masters)]),
                     ("gradients", Home.GPU, leaf_gradients),
                     ("bucket", Home.GPU, [bucket.buffer for bucket in zero.ipg_buckets.values()]),
@@ -308,7 +294,7 @@ class DeepSpeedEngine:
             ("scales", Home.GPU, scales(self.model)),
             (line, Home.GPU, [p for p in parameters if p.requires_grad]),
             ("master", optimizer_home, masters),
-            ("moments", optimizer_home, moments),
+            *moments,
         ]
         if optimizer_home is not Home.GPU:
             staging = [*zero.param_buffer_of_bit16_for_cpu_offload_groups, zero.temp_grad_buffer_for_cpu_offload]

@@ -15,11 +15,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from orchestrator.data.batch import MicroBatch
-from orchestrator.engine import materialize
-from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
+from orchestrator.engine import materialize, optimizers
 from orchestrator.engine.census import local, measure
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
 from orchestrator.engine.scaling import LossScale
+from orchestrator.engine.states import Fragment
 from orchestrator.errors import Fault, ModelError
 from orchestrator.layout import Row, lower
 from orchestrator.spec import Home, RunSpec
@@ -94,7 +94,7 @@ class FsdpEngine:
         materialize.materialize(model, resting, self.device)
         self.model = model
         self._fill(weights)
-        self.optimizer = make_adamw([p for _, p in self._trained()], self.spec.optimizer)
+        self.optimizer = optimizers.make_optimizer(self._trained(), self.spec, optimizers.Parts(self._total, self._first_row))
 
     @torch.no_grad()
     def _fill(self, weights: Weights) -> None:
@@ -106,6 +106,15 @@ class FsdpEngine:
 
     def _run(self, parameter: torch.Tensor) -> tuple[int, int]:
         return _rows_before(cast(DTensor, parameter), self.shard_axis.size(), self.shard_axis.get_local_rank())
+
+    def _first_row(self, parameter: torch.Tensor) -> int:
+        return self._run(parameter)[0] // math.prod(parameter.shape[1:])
+
+    def _total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over the ranks of the shard axis; what rests in host memory goes by way of the device."""
+        summed = values.to(self.device)
+        dist.all_reduce(summed, group=self.shard_axis.get_group())
+        return summed.to(values.device)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
@@ -138,7 +147,7 @@ class FsdpEngine:
             factor /= self.scale.value
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
-            set_lr(self.optimizer, lr)
+            optimizers.set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(finite)
@@ -153,34 +162,21 @@ class FsdpEngine:
         return math.sqrt(float(square)) if math.isfinite(float(square)) else math.nan
 
     def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
-        scalars = {"optimizer_steps": steps_taken(self.optimizer), "loss_scale": self.scale.value}
-        return self._pieces(), scalars
-
-    def _pieces(self) -> Iterator[Piece]:
         owned = self.mesh["dp_replicate"].get_local_rank() == 0
+        pieces = optimizers.pieces(self.optimizer, self._fragments(), owned)
+        return pieces, optimizers.scalars(self.optimizer, self.spec, self.scale.value)
+
+    def _fragments(self) -> Iterator[Fragment]:
         for name, parameter in self._trained():
             start, count = self._run(parameter)
-            if not count:
-                continue
-            state = self.optimizer.state[parameter]
-            tensors = {"weight": parameter.detach(), **{kind: state.get(kind) for kind in MOMENTS}}
-            for kind, tensor in tensors.items():
-                if tensor is not None:
-                    yield Piece(name, kind, tuple(parameter.shape), start, local(tensor).reshape(-1), owned)
+            if count:
+                yield Fragment(name, tuple(parameter.shape), parameter, 0, start, count)
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
-        steps = int(scalars["optimizer_steps"])
         self.scale.value = scalars["loss_scale"] if self.scale.dynamic else 1.0
-        for name, parameter in self._trained():
-            start, count = self._run(parameter)
-            state = fresh_state(parameter, steps) if steps else {}
-            for kind, tensor in {"weight": parameter, **{kind: state.get(kind) for kind in MOMENTS}}.items():
-                if tensor is not None and count:
-                    shard = local(tensor.detach())
-                    shard.copy_(read(name, kind, start, start + count).view(shard.shape))
-            if state:
-                self.optimizer.state[parameter] = state
+        trained = [parameter for _, parameter in self._trained()]
+        optimizers.load(self.optimizer, self.spec, trained, self._fragments(), read, scalars)
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._trained():
@@ -193,13 +189,12 @@ class FsdpEngine:
     def census(self) -> tuple[Row, ...]:
         trained = [p for _, p in self._trained()]
         line = "adapters" if any("lora_" in name for name, _ in self._trained()) else "weights"
-        moments = [state.get(kind) for state in self.optimizer.state.values() for kind in MOMENTS]
         return measure(
             [
                 ("frozen", self.home, [p for p in self.model.parameters() if not p.requires_grad]),
                 ("scales", Home.GPU, materialize.scales(self.model)),
                 (line, self.home, trained),
-                ("moments", self.home, moments),
+                *optimizers.live_states(self.optimizer, self.home),
                 ("gradients", self.home, [p.grad for p in self.model.parameters()]),
             ]
         )

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from orchestrator.data.batch import MicroBatch
-from orchestrator.engine.adamw import MOMENTS, fresh_state, make_adamw, set_lr, steps_taken
+from orchestrator.engine import optimizers
 from orchestrator.engine.census import measure
 from orchestrator.engine.materialize import cast, fill, materialize, scales, without_storage
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
 from orchestrator.engine.scaling import LossScale
+from orchestrator.engine.states import Fragment
 from orchestrator.layout import Row
 from orchestrator.spec import Home, RunSpec
 from orchestrator.units import TORCH_NAMES
@@ -43,7 +44,7 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.masters[name] = self._master(name, parameter, weights)
-        self.optimizer = make_adamw(self.masters.values(), self.spec.optimizer)
+        self.optimizer = optimizers.make_optimizer(self.masters.items(), self.spec)
 
     def _master(self, name: str, parameter: nn.Parameter, weights: Weights) -> torch.Tensor:
         if self.compute == torch.float32:
@@ -82,7 +83,7 @@ class PlainEngine:
         if finite:
             if self.spec.optimizer.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(masters, self.spec.optimizer.clip, norm)
-            set_lr(self.optimizer, lr)
+            optimizers.set_lr(self.optimizer, lr)
             self.optimizer.step()
             self._publish()
         self.optimizer.zero_grad(set_to_none=True)
@@ -99,27 +100,16 @@ class PlainEngine:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
     def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
-        scalars = {"optimizer_steps": steps_taken(self.optimizer), "loss_scale": self.scale.value}
-        return self._pieces(), scalars
+        pieces = optimizers.pieces(self.optimizer, self._fragments(), owned=True)
+        return pieces, optimizers.scalars(self.optimizer, self.spec, self.scale.value)
 
-    def _pieces(self) -> Iterator[Piece]:
-        for name, master in self.masters.items():
-            tensors = {"weight": master.detach(), **{kind: self.optimizer.state[master].get(kind) for kind in MOMENTS}}
-            for kind, tensor in tensors.items():
-                if tensor is not None:
-                    yield Piece(name, kind, tuple(master.shape), 0, tensor.reshape(-1))
+    def _fragments(self) -> Iterator[Fragment]:
+        return (Fragment(name, tuple(m.shape), m, 0, 0, m.numel()) for name, m in self.masters.items())
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
-        steps = int(scalars["optimizer_steps"])
         self.scale.value = scalars["loss_scale"] if self.scale.dynamic else 1.0
-        for name, master in self.masters.items():
-            master.copy_(read(name, "weight", 0, master.numel()).view(master.shape))
-            if steps:
-                state = fresh_state(master, steps)
-                for kind in MOMENTS:
-                    state[kind].copy_(read(name, kind, 0, master.numel()).view(master.shape))
-                self.optimizer.state[master] = state
+        optimizers.load(self.optimizer, self.spec, self.masters.values(), self._fragments(), read, scalars)
         self._publish()
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,14 +119,13 @@ class PlainEngine:
     def census(self) -> tuple[Row, ...]:
         line = "adapters" if any("lora_" in name for name, _ in self._trained()) else "weights"
         masters = list(self.masters.values())
-        moments = [state.get(kind) for state in self.optimizer.state.values() for kind in MOMENTS]
         return measure(
             [
                 ("frozen", Home.GPU, [p for p in self.model.parameters() if not p.requires_grad]),
                 ("scales", Home.GPU, scales(self.model)),
                 (line, Home.GPU, [p for _, p in self._trained()]),
                 ("master", Home.GPU, masters),
-                ("moments", Home.GPU, moments),
+                *optimizers.live_states(self.optimizer, Home.GPU),
                 ("gradients", Home.GPU, [m.grad for m in masters] + [p.grad for p in self.model.parameters()]),
             ]
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.layout import deepspeed, fsdp, plain
+from orchestrator.layout.moments import saved_bytes
 from orchestrator.layout.rows import LOADED, STEPPED, Buffer, Layout, Row, check_census, merge
 from orchestrator.spec import (
     Batch,
@@ -23,7 +24,7 @@ from orchestrator.spec import (
 
 __all__ = [
     "LOADED", "STEPPED", "Buffer", "Layout", "Row", "accelerate_config", "check_census", "lay_out", "lower", "merge",
-    "parameter_table", "read_back",
+    "parameter_table", "read_back", "saved_bytes",
 ]  # fmt: skip
 
 accelerate_config = fsdp.accelerate_config
@@ -45,13 +46,13 @@ def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
     table = stored(table, compute)
     if strategy.engine is Engine.DEEPSPEED:
         host_computes = spec.cluster.card.name == "cpu"
-        rows = deepspeed.rows(strategy, table, compute, spec.batch.accumulation, rank, host_computes)
-        moving = deepspeed.buffers(strategy, table, compute)
+        rows = deepspeed.rows(strategy, table, compute, spec.optimizer, spec.batch.accumulation, rank, host_computes)
+        moving = deepspeed.buffers(strategy, table, compute, spec.optimizer)
     elif strategy.engine is Engine.FSDP:
-        rows = fsdp.rows(strategy, table, compute, rank)
-        moving = fsdp.buffers(strategy, table, compute)
+        rows = fsdp.rows(strategy, table, compute, spec.optimizer, rank)
+        moving = fsdp.buffers(strategy, table, compute, spec.optimizer)
     else:
-        rows, moving = plain.rows(table, compute), plain.buffers(table, compute)
+        rows, moving = plain.rows(table, compute, spec.optimizer), plain.buffers(table, compute, spec.optimizer)
     return Layout(rank, strategy.ranks, (*rows, *scales), moving)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.layout.moments import Held, moment_rows, update_buffer, whole
 from orchestrator.layout.rows import STEPPED, Buffer, Row
-from orchestrator.spec import ZERO_STAGES, Batch, Buckets, Engine, Home, Parameter, RunSpec, Shard, Strategy
+from orchestrator.spec import ZERO_STAGES, Batch, Buckets, Engine, Home, Optimizer, Parameter, RunSpec, Shard, Strategy
 from orchestrator.units import align_up, ceil_div, dtype_bytes
 
 NEVER = 2**31 - 1
@@ -30,20 +31,50 @@ def _split(table: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]
 
 
 def rows(
-    strategy: Strategy, table: Sequence[Parameter], compute: str, accumulation: int, rank: int, host_computes: bool
+    strategy: Strategy,
+    table: Sequence[Parameter],
+    compute: str,
+    optimizer: Optimizer,
+    accumulation: int,
+    rank: int,
+    host_computes: bool,
 ) -> tuple[Row, ...]:
     """Every tensor class at rest on rank `rank`. ZeRO pads its partitions, so ranks are alike but for accumulated gradients.
     `host_computes`: there is no card, so what is offloaded rests where it is used."""
     trainable, frozen, line = _split(table)
+    moments = moment_rows(optimizer, _held(strategy, trainable), strategy.optimizer_home, _parts(strategy))
     if strategy.shard is Shard.PARAMETERS:
-        return _stage3_rows(strategy, trainable, frozen, line, compute, host_computes)
+        return _stage3_rows(strategy, trainable, frozen, line, compute, host_computes) + moments
     if strategy.shard is Shard.NONE:
-        return _stage0_rows(trainable, frozen, line, compute)
-    at_rest = _stage12_rows(strategy, trainable, frozen, line, compute)
+        return _stage0_rows(trainable, frozen, line, compute) + moments
+    at_rest = _stage12_rows(strategy, trainable, frozen, line, compute) + moments
     if strategy.shard is Shard.GRADIENTS and strategy.optimizer_home is not Home.GPU and accumulation > 1:
         whole = _touched(trainable, strategy.dp_shard, rank)
         at_rest += (Row("gradients", compute, strategy.optimizer_home, whole, strategy.dp_shard, since=STEPPED),)
     return at_rest
+
+
+def _parts(strategy: Strategy) -> int:
+    return 1 if strategy.shard is Shard.NONE else strategy.dp_shard
+
+
+def _held(strategy: Strategy, trainable: Sequence[Parameter]) -> tuple[Held, ...]:
+    """What the optimizer of one rank sees: whole parameters under stage 0, its partition of one flat buffer under 1 and 2, and
+    under 3 one flat buffer of parts for each sub-group (stage3.py, _create_fp16_sub_groups)."""
+    ranks, total = strategy.dp_shard, sum(p.numel for p in trainable)
+    if strategy.shard is Shard.NONE:
+        return whole(trainable)
+    if strategy.shard is not Shard.PARAMETERS:
+        flat = align_up(total, FLAT_ALIGNMENT * ranks)
+        return (Held((flat // ranks,), padding=flat - total),)
+    most = _buckets(strategy).sub_group
+    groups: list[list[Parameter]] = [[]]
+    for parameter in trainable:
+        if sum(ceil_div(p.numel, ranks) for p in groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(parameter)
+    sizes = [(sum(ceil_div(p.numel, ranks) for p in group), sum(p.numel for p in group)) for group in groups]
+    return tuple(Held((own,), padding=own * ranks - numel) for own, numel in sizes)
 
 
 def _touched(trainable: list[Parameter], ranks: int, rank: int) -> int:
@@ -66,7 +97,6 @@ def _stage0_rows(trainable: list[Parameter], frozen: list[Parameter], line: str,
     base = [
         Row("frozen", compute, Home.GPU, sum(p.numel for p in frozen)),
         Row(line, compute, Home.GPU, total),
-        Row("moments", MASTER, Home.GPU, 2 * total, since=STEPPED),
     ]
     return tuple(base if compute == MASTER else [*base, Row("master", MASTER, Home.GPU, total)])
 
@@ -84,7 +114,6 @@ def _stage12_rows(
         Row("frozen", compute, Home.GPU, sum(p.numel for p in frozen)),
         Row(line, compute, Home.GPU, flat, padding=padding),
         Row("master", MASTER, home, part, ranks, padding),
-        Row("moments", MASTER, home, 2 * part, ranks, 2 * padding, since=STEPPED),
     ]
     if home is Home.GPU:
         return tuple(base)
@@ -115,7 +144,6 @@ def _stage3_rows(
         Row(line, compute, parameter_home, own, ranks, padding),
         Row("persistent", compute, Home.GPU, kept_whole, since=STEPPED),
         Row("master", MASTER, optimizer_home, own, ranks, padding),
-        Row("moments", MASTER, optimizer_home, 2 * own, ranks, 2 * padding, since=STEPPED),
         Row("gradients", compute, optimizer_home, own, ranks, padding),  # grad_partitions_flat_buffer
         Row("bucket", compute, Home.GPU, buckets.reduce),  # IPGBucketZ3.buffer
     ]
@@ -124,8 +152,14 @@ def _stage3_rows(
     return tuple(base)
 
 
-def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tuple[Buffer, ...]:
+def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer) -> tuple[Buffer, ...]:
     """What comes and goes inside a step, from the library's source; activations are the rehearsal's business."""
+    trainable, _, _ = _split(table)
+    own = update_buffer(optimizer, trainable, _held(strategy, trainable), strategy.optimizer_home)
+    return (*_moving(strategy, table, compute), *own)
+
+
+def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tuple[Buffer, ...]:
     trainable, _, _ = _split(table)
     total, size, knobs = sum(p.numel for p in trainable), dtype_bytes(compute), _buckets(strategy)
     ranks = strategy.dp_shard

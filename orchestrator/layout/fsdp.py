@@ -11,8 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.layout.rows import STEPPED, Buffer, Row, quantisation
-from orchestrator.spec import ROOT, Batch, Engine, Home, Parameter, RunSpec, Shard, Strategy
+from orchestrator.layout.moments import Held, hidden_matrix, moment_rows, update_buffer
+from orchestrator.layout.rows import Buffer, Row, quantisation
+from orchestrator.spec import ROOT, Batch, Engine, Home, Optimizer, Parameter, RunSpec, Shard, Strategy
 from orchestrator.units import ceil_div, dtype_bytes
 
 MASTER = "fp32"
@@ -26,7 +27,13 @@ def _chunk(parameter: Parameter, ranks: int, rank: int) -> tuple[int, int]:
     return stride * rest, real * rest
 
 
-def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, rank: int) -> tuple[Row, ...]:
+def _held(parameters: Sequence[Parameter], ranks: int, position: int) -> tuple[Held, ...]:
+    """The trained parameters as the optimizer of one rank sees them: without the padding of their storage."""
+    rows = [_chunk(p, ranks, position)[1] // math.prod(p.shape[1:]) for p in parameters]
+    return tuple(Held((own, *p.shape[1:]), hidden_matrix(p)) for p, own in zip(parameters, rows, strict=True))
+
+
+def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer, rank: int) -> tuple[Row, ...]:
     """Every tensor class at rest on rank `rank`; its position on the shard axis is rank modulo `dp_shard`."""
     ranks, home = strategy.dp_shard, strategy.parameter_home
     position = rank % ranks
@@ -40,17 +47,18 @@ def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, rank: int
         held, real = sum(c[0] for c in chunks), sum(c[1] for c in chunks)
         result.append(Row(name, dtype, home, held, ranks, held - real))
         if dtype == MASTER and name == line:
-            result.append(Row("moments", MASTER, home, 2 * real, ranks, since=STEPPED))
+            result += moment_rows(optimizer, _held(members, ranks, position), home, ranks)
     return tuple(result)
 
 
-def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tuple[Buffer, ...]:
+def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer) -> tuple[Buffer, ...]:
     """Gathered weights and reduce-scatter inputs, by group (each block, and the root with embeddings and head)."""
     groups: dict[int, int] = {}
     learned: dict[int, int] = {}
     for parameter in table:
         groups[parameter.block] = groups.get(parameter.block, 0) + parameter.numel
         learned[parameter.block] = learned.get(parameter.block, 0) + (parameter.numel if parameter.trainable else 0)
+    trained = [p for p in table if p.trainable]
     size = dtype_bytes(compute)
     root = groups.get(ROOT, 0)
     block = max((numel for index, numel in groups.items() if index != ROOT), default=0)
@@ -63,6 +71,7 @@ def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tup
         Buffer("gathered", Home.GPU, gathered * size, ("forward", "backward"), "_fsdp_param_group.py unshard and prefetch"),
         Buffer("reduce_scatter", Home.GPU, scatter, ("backward",), "_fsdp_collectives.py foreach_reduce, reduce_dtype fp32"),
         held,
+        *update_buffer(optimizer, trained, _held(trained, strategy.dp_shard, 0), strategy.parameter_home),
     )
 
 

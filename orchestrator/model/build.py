@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -14,15 +13,13 @@ from orchestrator.errors import Fault, ModelError
 from orchestrator.model.head import use_head
 from orchestrator.model.location import resolve
 from orchestrator.model.quantised import QuantisedLinear, quantise_linears
-from orchestrator.spec import ROOT, Parameter, RunSpec, to_json
+from orchestrator.spec import ROOT, Parameter, RunSpec, block_of, to_json
 from orchestrator.units import TORCH_NAMES
-
-_BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 
 
 def in_block(name: str) -> bool:
     """Whether the module called `name` lies in a transformer block."""
-    return _BLOCK.search(f".{name}.") is not None
+    return block_of(f"{name}.") != ROOT
 
 
 def architecture(spec: RunSpec) -> Any:
@@ -110,13 +107,8 @@ def table_of(model: nn.Module) -> tuple[Parameter, ...]:
     packed = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLinear)}
     for name, parameter in model.named_parameters():
         if name in packed:
-            table.append(replace(packed[name].values, name=name, block=_block_of(name)))
+            table.append(replace(packed[name].values, name=name, block=block_of(name)))
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        table.append(Parameter(name, shape, _block_of(name), parameter.requires_grad, "lora_" in name))
+        table.append(Parameter(name, shape, block_of(name), parameter.requires_grad, "lora_" in name))
     return tuple(table)
-
-
-def _block_of(name: str) -> int:
-    match = _BLOCK.search(f".{name}")
-    return int(match.group(1)) if match else ROOT

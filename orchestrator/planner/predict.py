@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.errors import Fault, ModelError
-from orchestrator.layout import lay_out, parameter_table
+from orchestrator.layout import lay_out, parameter_table, saved_bytes
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner import device
 from orchestrator.planner.allocator import replay
@@ -83,9 +83,8 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
 
 def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> Room:
     """Host memory of one rank: its process, what rests there, and the rounding of what is page-locked."""
-    trained = sum(p.numel for p in table if p.trainable)
     sharded = spec.strategy.dp_shard if spec.strategy.shard is not Shard.NONE else 1
-    saved = 3 * 4 * trained // sharded  # master and moments, gathered to be written
+    saved = saved_bytes(spec.optimizer, [p for p in table if p.trainable]) // sharded  # gathered to be written
     if not spec.checkpoint.background:
         saved = min(device.SAVED_AT_ONCE, saved)
     need = device.process_bytes(spec.cluster, spec.strategy.engine) + sum(lines.values()) + _pinned(spec, table, lines) + saved

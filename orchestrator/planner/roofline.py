@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.layout.moments import hidden_matrix
 from orchestrator.planner.activations import FP32, Sizes, sizes
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, rates
 from orchestrator.planner.traffic import Traffic, traffic
@@ -41,9 +42,19 @@ PCIE_HIDES = 0.0
 computing by 0.6 s (RTX 4090) and 3.7 to 4.7 s (RTX 3090, alike at four lengths and batches): the whole of their traffic, at
 23 and 3.3 GB/s (fsdpqlora-003, -004, -007, -008, -015). Over NVLink all of it can hide, which was not recorded."""
 
-ADAM_BYTES = 30
-"""Bytes that one element's update moves: gradient, master and both moments read in fp32, the last three written, and the
-working copy in half precision."""
+UPDATE_BYTES = {
+    "adamw": 30,  # one fused pass: gradient, master and both moments read, the last three written, the working copy
+    "adamw_8bit": 18,  # the same, a moment in one byte
+    "paged_adamw_8bit": 18,
+    "lion": 22,  # the same, with one moment
+    "adafactor": 82,  # the squares and their sums; the update made twice, once for its size; the decay
+    "adamw_bf16": 290,  # 24 passes over fp32 chunks, half of them for the random bits
+    "muon": 50,  # momentum, its mixture with the gradient, the cast, the decay and the sum
+}
+"""Bytes that one element's update moves, counted from the operations in `orchestrator/engine`."""
+
+ORTHOGONAL_ROUNDS = 5
+"""Rounds of Newton-Schulz for each matrix (torch/optim/_muon.py, DEFAULT_NS_STEPS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +140,25 @@ def link_rate(cluster: Cluster, ranks: int) -> float:
     return own * GIGA * LINK.share
 
 
+def _orthogonalisation(spec: RunSpec, table: Sequence[Parameter]) -> float:
+    """Seconds that Muon takes for its matrices, all of them on every rank: three products a round in bf16."""
+    flop = 0.0
+    for parameter in table:
+        if spec.optimizer.name == "muon" and parameter.trainable and hidden_matrix(parameter):
+            short, long = sorted(parameter.shape)
+            flop += ORTHOGONAL_ROUNDS * 2 * short * short * (2 * long + short)
+    return flop / (spec.cluster.card.half_tflops * TERA * COMPUTE.share)
+
+
 def _update(spec: RunSpec, table: Sequence[Parameter], moved: Traffic) -> float:
     trained = sum(p.numel for p in table if p.trainable)
     sharded = spec.strategy.dp_shard if spec.strategy.shard != "none" else 1
+    each = UPDATE_BYTES[spec.optimizer.name]
     if moved.updated:
         share = HOST_MEMORY_GB_PER_S / spec.cluster.cards_per_node * HOST.share
-        return moved.updated * ADAM_BYTES / (share * GIGA)
-    return trained / sharded * ADAM_BYTES / (spec.cluster.card.memory_gb_per_s * GIGA * COMPUTE.share)
+        return moved.updated * each / (share * GIGA) + _orthogonalisation(spec, table)
+    passes = trained / sharded * each / (spec.cluster.card.memory_gb_per_s * GIGA * COMPUTE.share)
+    return passes + _orthogonalisation(spec, table)
 
 
 def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> StepTime | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.layout.moments import hidden_matrix
 from orchestrator.spec import Engine, Home, Parameter, RunSpec, Shard, stored
 from orchestrator.units import dtype_bytes
 
@@ -81,9 +82,12 @@ def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     if strategy.parameter_home is not Home.GPU:
         at_rest = trained // ranks * FP32 + (every - trained) // ranks * c
         fetched, returned, updated = gathers * micro * at_rest, micro * trained // ranks * FP32, trained // ranks
+    # Muon gathers each matrix once in fp32 (engine/muon.py).
+    turned = sum(p.numel for p in table if p.trainable and hidden_matrix(p)) if spec.optimizer.name == "muon" else 0
     return Traffic(
         forward=gather * micro,
         backward=(gather * (gathers - 1) + reduce + across) * micro,
+        boundary=_ring(turned * FP32, ranks),
         fetched=fetched,
         returned=returned,
         updated=updated,

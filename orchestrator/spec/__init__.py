@@ -9,6 +9,7 @@ from orchestrator.spec.model import (
     ROOT,
     ModelShape,
     Parameter,
+    block_of,
     expand_targets,
     parameters,
     with_lora,
@@ -38,6 +39,6 @@ __all__ = [
     "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card",
     "Checkpoint", "Cluster", "Data", "Engine", "Evaluation", "Export", "Home", "Logging", "Loss", "Model", "ModelShape",
     "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Source", "Strategy", "Tuning",
-    "digest", "expand_targets", "from_json", "parameters", "quantised", "scale_elements", "stored", "stored_shape",
-    "to_json", "with_lora",
+    "block_of", "digest", "expand_targets", "from_json", "parameters", "quantised", "scale_elements", "stored",
+    "stored_shape", "to_json", "with_lora",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,15 @@ class ModelShape:
     def output_bias(self) -> bool:
         """Whether o_proj has a bias: never in Qwen2, else as `attention_bias` says."""
         return self.attention_bias and self.model_type != "qwen2"
+
+
+_BLOCK = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+
+
+def block_of(name: str) -> int:
+    """Index of the transformer block that the parameter `name` lies in, else ROOT."""
+    match = _BLOCK.search(f".{name}")
+    return int(match.group(1)) if match else ROOT
 
 
 @dataclass(frozen=True, slots=True)

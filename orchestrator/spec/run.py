@@ -105,12 +105,18 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
+    """`betas` are AdamW's and Lion's; `momentum` is Muon's, whose other weights AdamW updates. Adafactor's second moment
+    keeps 1 - t^-`forgetting` of itself in step t, and `update_clip` bounds the root mean square of its updates."""
+
     name: str
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    momentum: float = 0.95
+    forgetting: float = 0.8
+    update_clip: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

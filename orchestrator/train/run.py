@@ -21,7 +21,7 @@ from torch import nn
 from orchestrator import data
 from orchestrator.engine import Engine, make
 from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError
-from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower
+from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower, saved_bytes
 from orchestrator.model import build, loss_sum, open_weights, table_of
 from orchestrator.spec import Parameter, RunSpec, digest, to_json
 from orchestrator.train import checkpoint, folder
@@ -41,8 +41,6 @@ from orchestrator.train.world import World
 from orchestrator.units import format_bytes, format_count, format_seconds
 
 LOG = logging.getLogger("orchestrator.train")
-STATE_BYTES = 3 * 4
-"""Bytes that a checkpoint holds of each trained element: an fp32 master and Adam's two moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +61,15 @@ def cache_folder(spec: RunSpec) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator" / "data"
 
 
+MOMENTS_OF = {"adamw_bf16": "adamw", "adamw_8bit": "adamw", "paged_adamw_8bit": "adamw"}
+"""Optimizers whose states are those of another, kept in fewer bits: a checkpoint of one resumes under the other."""
+
+
 def identity(spec: RunSpec) -> dict[str, Any]:
     """What a resumed run must share with the run that saved: the model, what of it is trained, and the seed, which decides
-    random weights, the order of samples and what is held out. Strategies may differ."""
+    random weights, the order of samples and what is held out. Strategies may differ, and the bits of AdamW's states."""
     same: dict[str, Any] = {"model": spec.model.name, "tuning": spec.tuning.kind, "seed": spec.seed}
+    same["optimizer"] = MOMENTS_OF.get(spec.optimizer.name, spec.optimizer.name)
     if spec.model.shape is not None:
         same |= {f"model.{name}": value for name, value in to_json(spec.model.shape).items()}
     if spec.tuning.adapters:
@@ -238,7 +241,7 @@ class Run:
         weights = open_weights(spec, self._table)
         engine.adopt(model, weights)
         quiet_libraries()
-        self._expected_bytes = STATE_BYTES * sum(p.numel for p in self._table if p.trainable)
+        self._expected_bytes = saved_bytes(spec.optimizer, [p for p in self._table if p.trainable])
         self._census(engine, LOADED)
         return engine, model, source, weights
 
@@ -278,7 +281,7 @@ class Run:
             f"{format_count(trained)} trained ({spec.tuning.kind})"
         )
         ranks = f"{count(self.world.size, 'rank')} on {self.world.device.type}"
-        note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}")
+        note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}, {spec.optimizer.name}")
         product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {count(spec.strategy.dp, 'rank')}"
         rows = data.rows_of(prepared)
         packed = spec.data.packing != "none"

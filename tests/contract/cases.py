@@ -42,10 +42,37 @@ class Case:
     compute: str
     accumulation: int
     tied: bool = False
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
-        return f"{self.strategy}-{self.tuning}-{self.compute}-x{self.accumulation}{'-tied' if self.tied else ''}"
+        other = "" if self.optimizer == "adamw" else f"{self.optimizer}-"
+        return f"{self.strategy}-{self.tuning}-{other}{self.compute}-x{self.accumulation}{'-tied' if self.tied else ''}"
+
+
+SHARDWISE = ("lion", "adamw_bf16", "adamw_8bit")
+"""Optimizers that work on whatever part of the weights a rank holds; the others need whole matrices."""
+
+MATRICES = ("adafactor", "muon")
+
+
+def optimizer_cases(ranks: int) -> list[Case]:
+    """A sample of every optimizer but AdamW: flat, sharded and offloaded tensors, full and LoRA."""
+    if ranks == 4:
+        return [Case("hybrid_shard", "full", "fp32", 1, optimizer=o) for o in MATRICES]
+    flat = [("lion", "zero2_optimizer"), ("adamw_bf16", "zero3"), ("adamw_8bit", "zero1"), ("adamw_8bit", "zero3_cpu")]
+    cases = [Case(name, "full", "fp32", 1, optimizer=o) for o, name in flat]
+    cases += [Case("full_shard", "full", "fp32", 1, optimizer=o) for o in ("adamw_8bit", *MATRICES)]
+    return cases + [Case("full_shard", "lora", "bf16", 4, optimizer=o) for o in ("adamw_8bit", "adafactor")]
+
+
+def every_optimizer_case(ranks: int) -> list[Case]:
+    """Each optimizer but AdamW under each strategy that it works with, full and LoRA."""
+    names = [name for name in strategies(ranks) if ranks < 4 or name in ("zero1", "zero3", "full_shard", "hybrid_shard")]
+    matrices = [name for name in names if not name.startswith("zero")]
+    pairs = [*itertools.product(SHARDWISE, names), *itertools.product(MATRICES, matrices), ("adafactor", "zero0")]
+    product = itertools.product(pairs, (("full", "fp32", 1), ("lora", "bf16", 4 if ranks < 4 else 2)))
+    return [Case(name, *rest, optimizer=o) for (o, name), rest in product]
 
 
 def all_cases(ranks: int) -> list[Case]:
@@ -64,11 +91,11 @@ def all_cases(ranks: int) -> list[Case]:
             for name in ("zero2", "zero3", "full_shard")
             for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4))
         ]
-        return whole + packed + [Case(name, tuning, "fp16", 1) for name, tuning in half]
+        halves = [Case(name, tuning, "fp16", 1) for name, tuning in half]
+        return whole + packed + halves + optimizer_cases(ranks)
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
-    return plain + [
-        Case(name, "full", "fp32", 1, tied=True) for name in ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")
-    ]
+    tied = ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")
+    return plain + [Case(name, "full", "fp32", 1, tied=True) for name in tied] + optimizer_cases(ranks)
 
 
 def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
@@ -83,7 +110,7 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
         run=s.Run(None, STEPS, 1), seed=SEED,
         model=s.Model("small", None, False, replace(SHAPE, tie_word_embeddings=case.tied)),
         tuning=TUNINGS[case.tuning], strategy=strategy, batch=batch,
-        data=s.Data(None, 32), optimizer=s.Optimizer("adamw", lr=2e-3, weight_decay=0.01, clip=0.5),
+        data=s.Data(None, 32), optimizer=s.Optimizer(case.optimizer, lr=2e-3, weight_decay=0.01, clip=0.5),
         schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),

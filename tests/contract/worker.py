@@ -10,13 +10,25 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import GLOBAL_SIZE, QUANTISED, STEPS, Case, all_cases, deal, labelled, run_spec
+from cases import (
+    GLOBAL_SIZE,
+    MATRICES,
+    QUANTISED,
+    STEPS,
+    Case,
+    all_cases,
+    deal,
+    every_optimizer_case,
+    labelled,
+    run_spec,
+)
 from strategies import strategies
 
 from orchestrator import engine as engines
@@ -86,7 +98,7 @@ def run(case: Case, rank: int, ranks: int) -> dict[str, Any]:
 
 def move(case: Case, saved: tuple[Any, dict[str, float]], rank: int, ranks: int) -> list[list[float]]:
     """The same run continued under the next strategy of the list, from this one's state."""
-    names = list(strategies(ranks))
+    names = [name for name in strategies(ranks) if case.optimizer not in MATRICES or not name.startswith("zero")]
     other = replace(case, strategy=names[(names.index(case.strategy) + 1) % len(names)])
     spec = run_spec(other, ranks)
     engine, _ = prepare(spec)
@@ -132,17 +144,17 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]
     return result
 
 
-def main(output: Path, only: str) -> None:
+def main(output: Path, only: str, cases: Callable[[int], list[Case]]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     assert GLOBAL_SIZE % ranks == 0
     results: dict[str, Any] = {}
-    references: dict[tuple[str, str, bool], dict[str, Any]] = {}
-    for case in all_cases(ranks):
+    references: dict[tuple[str, str, bool, str], dict[str, Any]] = {}
+    for case in cases(ranks):
         if only not in case.name:
             continue
-        key = (case.tuning, case.compute, case.tied)
+        key = (case.tuning, case.compute, case.tied, case.optimizer)
         if rank == 0 and key not in references:
             references[key] = reference(case, ranks)
         try:
@@ -161,4 +173,5 @@ def main(output: Path, only: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
+    sweep = sys.argv[2:] == ["every optimizer"]
+    main(Path(sys.argv[1]), "" if sweep else "".join(sys.argv[2:]), every_optimizer_case if sweep else all_cases)

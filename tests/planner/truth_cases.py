@@ -37,10 +37,12 @@ class Case:
     recompute: str
     accumulation: int
     loss: str = "chunked"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
-        return f"{self.strategy}-{self.tuning}-{self.compute}-{self.recompute}-{self.loss}-x{self.accumulation}"
+        other = "" if self.optimizer == "adamw" else f"-{self.optimizer}"
+        return f"{self.strategy}-{self.tuning}-{self.compute}-{self.recompute}-{self.loss}-x{self.accumulation}{other}"
 
 
 def strategies(ranks: int) -> dict[str, s.Strategy]:
@@ -67,6 +69,11 @@ def all_cases(ranks: int) -> list[Case]:
     if ranks == 4:
         product = [("full", "bf16", "none", 2), ("lora", "bf16", "full", 1), ("nf4x2", "bf16", "none", 1)]
     cases = [Case(ranks, name, *rest) for name, rest in itertools.product(strategies(ranks), product)]
+    shardwise = ["plain"] if ranks == 1 else ["zero1", "zero2_optimizer", "zero3", "full_shard", "full_shard_cpu"]
+    matrices = ["plain"] if ranks == 1 else ["full_shard", "full_shard_cpu", "hybrid_shard"]
+    small = [(o, name) for o in ("adamw_bf16", "adamw_8bit", "lion") for name in shardwise]
+    small += [(o, name) for o in ("adafactor", "muon") for name in matrices]
+    cases += [Case(ranks, name, "full", "bf16", "none", 1, optimizer=optimizer) for optimizer, name in small]
     return cases + [case for case in OTHERS if case.ranks == ranks]
 
 
@@ -80,6 +87,10 @@ SAMPLE = [
     Case(2, "shard_grad_op", "lora", "fp32", "none", 2),
     Case(2, "zero3", "nf4x2", "bf16", "full", 1),
     Case(2, "full_shard", "nf4x2", "bf16", "full", 1),
+    Case(1, "plain", "full", "bf16", "none", 1, optimizer="adamw_8bit"),
+    Case(2, "zero1", "full", "bf16", "none", 1, optimizer="adamw_bf16"),
+    Case(2, "full_shard", "full", "bf16", "none", 1, optimizer="adafactor"),
+    Case(2, "full_shard", "full", "bf16", "none", 1, optimizer="muon"),
 ]
 """What continuous integration checks; each is also in `all_cases`."""
 
@@ -92,7 +103,7 @@ def run_spec(case: Case, shape: s.ModelShape = SHAPE) -> s.RunSpec:
         run=s.Run(None, 2, 1), seed=7, model=s.Model("small", None, False, shape),
         tuning=TUNINGS[case.tuning], strategy=strategies(case.ranks)[case.strategy],
         batch=s.Batch(micro * case.ranks * case.accumulation, micro, case.accumulation), data=s.Data(None, 32),
-        optimizer=s.Optimizer("adamw", lr=1e-3), schedule=s.Schedule("constant", 0), recompute=case.recompute,
+        optimizer=s.Optimizer(case.optimizer, lr=1e-3), schedule=s.Schedule("constant", 0), recompute=case.recompute,
         precision=s.Precision(case.compute), cluster=s.Cluster("local", 1, case.ranks, card),
         checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0), export=s.Export("hf", False),
         logging=s.Logging(1, "none"), plan=s.Planning("ignore"), loss=s.Loss(case.loss, CHUNK),
