@@ -178,3 +178,20 @@ def test_the_table_of_strategies_is_the_layouts(strategy: str, cells: str) -> No
         f"{lora.rest_bytes(Home.CPU) / GIB:.1f}",
     ]
     assert [cell.strip() for cell in cells.split("|")][1:7] == expected
+
+
+OPTIMIZERS = re.findall(r"^\| `optimizer=(\w+)` \|(.*)\|$", README, re.MULTILINE)
+
+
+def test_the_table_has_every_optimizer() -> None:
+    assert {name for name, _ in OPTIMIZERS} == {choice.name for choice in groups()["optimizer"]}
+
+
+@pytest.mark.parametrize(("name", "cells"), OPTIMIZERS)
+def test_the_table_of_optimizers_is_the_layouts(name: str, cells: str) -> None:
+    spec = compose(["model=llama3_8b", "cluster=4xa10", "precision=bf16", "fsdp=full_shard", f"optimizer={name}"])
+    table = parameter_table(spec)
+    assert table is not None
+    states = sum(row.bytes for row in lay_out(spec, table).rows if row.line == "moments")
+    expected = [f"{states * 4 / sum(p.numel for p in table):.2f}", f"{states / GIB:.1f}"]
+    assert [cell.strip() for cell in cells.split("|")][:2] == expected

@@ -16,6 +16,7 @@ import torch
 
 from orchestrator.engine.census import local
 from orchestrator.engine.states import Codec, Elementwise, State
+from orchestrator.errors import ConfigError, Fault
 from orchestrator.layout.moments import CHUNK
 from orchestrator.spec import Optimizer
 
@@ -77,10 +78,17 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def kernels() -> Any:
-    """bitsandbytes' operators. It is imported here and nowhere else before an optimizer needs it, which takes two seconds."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401 - registers the operators
+    """bitsandbytes' operators. It is imported when an optimizer needs it, which takes two seconds.
 
+    Raises:
+        ConfigError: it is not installed.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for inference that it has not found
+    try:
+        import bitsandbytes  # noqa: F401 - registers the operators
+    except ImportError as error:
+        problem = f"this optimizer needs bitsandbytes, which cannot be imported: {error}"
+        raise ConfigError(Fault("optimizer", problem, "pip install bitsandbytes, or use optimizer=adamw_bf16")) from error
     return torch.ops.bitsandbytes
 
 

@@ -51,6 +51,8 @@ def needs(group: str, choice: str, tmp_path: Path) -> list[str]:
         return ["zero=stage3"]
     if group == "cluster":
         return ["zero=stage2"]
+    if (group, choice) == ("optimizer", "paged_adamw_8bit"):
+        return ["cluster=1xa10"]
     return []
 
 
