@@ -108,9 +108,8 @@ def recover(checkpoints: Path) -> None:
 def committed(checkpoint: Path) -> bool:
     """Whether `checkpoint` was finished and its list of files is the one that was committed. Files are not looked at."""
     try:
-        stated = (checkpoint / COMMITTED).read_text(encoding="utf-8").strip()
-        return stated == stored(checkpoint / DOCUMENT).sha256
-    except (OSError, UnicodeDecodeError):
+        return (checkpoint / COMMITTED).read_bytes() == f"{stored(checkpoint / DOCUMENT).sha256}\n".encode()
+    except OSError:
         return False
 
 

@@ -1,0 +1,158 @@
+"""Kill a training after each of its steps and resume it, and hold the result to the run that nobody killed, bit by bit.
+
+    python tests/faults/resumes.py [--ranks 2] [--every 1] [--json FILE] [group=choice] [key=value] …
+
+Every rank is a fork of one process that has the libraries imported; it trains as `launch/train.py` does, dies by SIGKILL as soon
+as the metrics tell of the chosen step, and is started again with resume=auto, once, twice or three times. Compared are the
+SHA-256 of all weights, moments and random states of the last checkpoint, and the loss, rate and gradient norm of every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from ranks import free_port
+from safetensors import safe_open
+
+from orchestrator.cluster.local import local_cluster
+from orchestrator.config import compose
+from orchestrator.train import commit
+from orchestrator.train.run import Run
+from orchestrator.train.world import join
+
+PATIENCE = 300.0
+COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "labelled_tokens", "finite")
+
+
+def live(rank: int, ranks: int, port: int, folder: Path, overrides: list[str]) -> None:
+    """The life of one rank. It never returns."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    code = 1
+    try:
+        screen = os.open(folder / f"screen-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(screen, 1)
+        os.dup2(screen, 2)
+        spec = compose([*overrides, f"run.dir={folder / 'run'}", "resume=auto"], ranks=ranks, local=local_cluster, strict=False)
+        Run(spec, join("cpu")).execute()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def steps_told(folder: Path) -> int:
+    """Steps that the metrics tell of."""
+    try:
+        return (folder / "run" / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def train(ranks: int, folder: Path, overrides: list[str], until: int | None) -> None:
+    """Train to the end, or until the metrics tell of step `until`, and then kill every rank."""
+    port, children = free_port(), []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            live(rank, ranks, port, folder, overrides)
+        children.append(child)
+    deadline, codes = time.monotonic() + PATIENCE, {}
+    while len(codes) < ranks:
+        if until is not None and steps_told(folder) >= until:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+            until = None
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+            raise TimeoutError(f"still training after {PATIENCE:.0f} s")
+        time.sleep(0.001)
+    if until is None and set(codes.values()) <= {0, -signal.SIGKILL}:
+        return
+    if set(codes.values()) != {0}:
+        raise RuntimeError(f"codes {codes.values()}:\n{(folder / 'screen-0.txt').read_text()[-3000:]}")
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of the tensors of the last checkpoint, by name, and of the columns of the metrics."""
+    newest = commit.saved_steps(folder / "run" / "checkpoints")[-1]
+    found = {"step": newest.name}
+    for file in sorted(newest.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                data = tensors.get_tensor(name).view(torch.uint8).numpy().tobytes()
+                found[f"{file.name} {name}"] = hashlib.sha256(data).hexdigest()
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    kept = json.dumps([[line[column] for column in COLUMNS] for line in lines])
+    found["metrics"] = f"{len(lines)} lines {hashlib.sha256(kept.encode()).hexdigest()}"
+    return found
+
+
+def sweep(ranks: int, every: int, overrides: list[str]) -> dict[str, object]:
+    """What came of killing at each `every`-th step once, and at every third of them twice and three times."""
+    different: list[str] = []
+    resumed = 0
+    with tempfile.TemporaryDirectory() as name:
+
+        def folder_of(label: str) -> Path:
+            folder = Path(name) / label
+            folder.mkdir()
+            return folder
+
+        whole = folder_of("whole")
+        train(ranks, whole, overrides, None)
+        expected, total = fingerprint(whole), steps_told(whole)
+        plans = [(step,) for step in range(1, total, every)]
+        plans += [(step, step + 1) for step in range(1, total - 1, 3 * every)]
+        plans += [(step, step + 1, step + 3) for step in range(1, total - 3, 3 * every)]
+        for plan in plans:
+            folder = folder_of("-".join(map(str, plan)))
+            for step in (*plan, None):
+                train(ranks, folder, overrides, step)
+            resumed += len(plan)
+            found = fingerprint(folder)
+            apart = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            if apart:
+                different.append(f"killed after {plan}: {len(apart)} differ, {', '.join(apart[:3])}")
+            print(f"killed after {plan}: {'other' if apart else 'same'}", file=sys.stderr, flush=True)
+    return {"steps": total, "plans": len(plans), "resumes": resumed, "compared": len(expected), "different": different,
+            "ranks": ranks, "overrides": overrides}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    overrides = [
+        "model=tiny", "data.seq_len=64", "batch.global_size=32", "run.epochs=2", "checkpoint.every=1", "export.format=none",
+        *asked.overrides,
+    ]  # fmt: skip
+    result = sweep(asked.ranks, asked.every, overrides)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if asked.json:
+        asked.json.write_text(text + "\n")
+    return 1 if result["different"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

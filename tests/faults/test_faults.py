@@ -1,0 +1,46 @@
+"""A short sample of the sweeps that `make faults` runs whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def run(script: str, *arguments: str, **environment: str) -> dict:
+    """What the sweep `script` found, as it wrote it."""
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests"))
+    done = subprocess.run(
+        [sys.executable, HERE / script, *arguments], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.stdout.startswith("{"), done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def boundary(tmp_path_factory):
+    """The library that kills a process at a chosen change to the disk."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc compiles what stands between a process and its disk")
+    library = tmp_path_factory.mktemp("boundary") / "boundary.so"
+    subprocess.run(["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-o", library, HERE / "boundary.c", "-ldl"], check=True)
+    return library
+
+
+def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(boundary):
+    found = run("kills.py", "--ranks", "1", "2", "--every", "9", "--random", "5", LD_PRELOAD=str(boundary))
+    assert found["wrong"] == [] and found["kills"] > 30
+
+
+def test_every_damage_is_seen_and_passed_over():
+    found = run("damage.py", "--cases", "60")
+    assert found["missed"] == [] and sum(found["tried"].values()) == 60
