@@ -7,7 +7,7 @@ CHECK  := $(VENV)/.ready-check
 RANKS  ?= 2
 export HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test check bench sweep oracle gpu-wheels clean
+.PHONY: demo test check bench sweep faults oracle gpu-wheels clean
 
 # The main job on the built-in sample: ZeRO-3 with CPU offload on two ranks, on GPUs where there are some.
 demo: $(READY)
@@ -31,6 +31,15 @@ bench: $(READY)
 # The sweeps that are too long for every change.
 sweep: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# Kills, damages and resumes, all of them: about an hour on two cores.
+FAULTS := PYTHONPATH=.:tests OMP_NUM_THREADS=1
+faults: $(READY)
+	mkdir -p build
+	gcc -O1 -Wall -shared -fPIC -o build/boundary.so tests/faults/boundary.c -ldl
+	$(FAULTS) LD_PRELOAD=$(CURDIR)/build/boundary.so $(BIN)/python tests/faults/kills.py --random 200 --json benchmarks/results/faults-kills.json
+	$(FAULTS) $(BIN)/python tests/faults/damage.py --cases 1000 --json benchmarks/results/faults-damage.json
+	$(FAULTS) $(BIN)/python tests/faults/resumes.py --ranks 2 --json benchmarks/results/faults-resumes.json zero=stage2 tuning=lora tuning.dropout=0.1
 
 # torch goes first and alone, so that nothing that follows can choose another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -2,8 +2,8 @@
 
     python tests/faults/resumes.py [--ranks 2] [--every 1] [--json FILE] [group=choice] [key=value] …
 
-Every rank is a fork of one process that has the libraries imported; it trains as `launch/train.py` does, dies by SIGKILL as soon
-as the metrics tell of the chosen step, and is started again with resume=auto, once, twice or three times. Compared are the
+Every rank is a fork of one process that has the libraries imported; it trains as `launch/train.py` does, dies by SIGKILL as
+soon as the metrics tell of the chosen step, and is started again with resume=auto, once, twice or three times. Compared are the
 SHA-256 of all weights, moments and random states of the last checkpoint, and the loss, rate and gradient norm of every step.
 """
 
