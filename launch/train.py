@@ -1,4 +1,6 @@
-"""Train: `python|torchrun|deepspeed launch/train.py [group=choice] [key=value] …`; --help lists them all."""
+"""Train: `python|torchrun|deepspeed launch/train.py [group=choice] [key=value] …`; --help lists them all.
+
+`spec=runs/NAME/job/submitted.json` instead runs what launch/submit.py has planned, to the letter."""
 
 from __future__ import annotations
 
@@ -16,16 +18,23 @@ from orchestrator.errors import OrchestratorError
 
 def train(overrides: list[str]) -> int:
     """Compose, join the other ranks, run, and show what became of it. Torch is imported when the configuration is sound."""
-    from orchestrator.train import failure
+    from orchestrator.train import failure, submission
     from orchestrator.train.launcher import ranks_from_environment
+    from orchestrator.train.stop import OF_A_JOB, StopRequest, listening
 
     log: Path | None = None
+    saved = submission.path_in(overrides)
+    stop = StopRequest()
 
     def work() -> int:
         nonlocal log
         from orchestrator.cluster.local import local_cluster
 
-        spec = compose(overrides, ranks=ranks_from_environment()[0], local=local_cluster, strict=False)
+        ranks = ranks_from_environment()[0]
+        if saved is not None:
+            spec = submission.load(saved, ranks)
+        else:
+            spec = compose(overrides, ranks=ranks, local=local_cluster, strict=False)
         from orchestrator.planner.prelude import settle
         from orchestrator.report.record import load
         from orchestrator.report.tables import print_report
@@ -35,7 +44,7 @@ def train(overrides: list[str]) -> int:
 
         world = join(spec.cluster.card.name)
         prelude = world.on_first(lambda: settle(spec))
-        run = Run(prelude.spec, world)
+        run = Run(prelude.spec, world, stop=stop)
 
         def opened(folder: RunFolder) -> None:
             nonlocal log
@@ -53,7 +62,8 @@ def train(overrides: list[str]) -> int:
         leave()
         return 0
 
-    return failure.guarded(work, lambda: log)
+    with listening(stop, OF_A_JOB if saved is not None else ()):
+        return failure.guarded(work, lambda: log)
 
 
 def tell(error: OrchestratorError) -> int:

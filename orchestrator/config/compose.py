@@ -63,16 +63,19 @@ def build_cluster(conf: ClusterConf, ranks: int | None, local: Local | None) -> 
     """The cluster that `conf` names; "local" is the machine at hand, seen through `local`."""
     if conf.name == "local":
         return (local or _host)(ranks or conf.nodes * conf.cards_per_node or None)
+    host_bytes = int(conf.host_gib * GIB)
+    # A rank without a card computes in its share of the machine's memory.
+    memory = host_bytes // conf.cards_per_node if conf.card.name == "cpu" else conf.card.memory_mib * MIB
     card = spec.Card(
         name=conf.card.name,
-        memory_bytes=conf.card.memory_mib * MIB,
+        memory_bytes=memory,
         half_tflops=conf.card.half_tflops,
         memory_gb_per_s=conf.card.memory_gb_per_s,
         link_gb_per_s=conf.card.link_gb_per_s,
         bf16=conf.card.bf16,
         source=conf.card.source,
     )
-    return spec.Cluster(conf.name, conf.nodes, conf.cards_per_node, card, host_bytes=int(conf.host_gib * GIB))
+    return spec.Cluster(conf.name, conf.nodes, conf.cards_per_node, card, host_bytes=host_bytes)
 
 
 def choose_precision(compute: Compute, card: spec.Card) -> str:
@@ -223,10 +226,24 @@ def compose(
         raise ConfigError(single)
     cluster = build_cluster(conf.cluster, ranks, local)
     count = ranks if ranks is not None else cluster.cards
-    faults = [*single, *idle_faults(conf, stated), *_agreement_faults(conf, count, cluster, model, strict)]
+    faults = [
+        *single,
+        *job_faults(stated, ranks),
+        *idle_faults(conf, stated),
+        *_agreement_faults(conf, count, cluster, model, strict),
+    ]
     if faults:
         raise ConfigError(faults)
     return build_spec(conf, count, cluster, model)
+
+
+def job_faults(stated: frozenset[str], ranks: int | None) -> list[Fault]:
+    """The fault of words about a job in a run that starts here and now, as `ranks` processes (None: it is only looked at)."""
+    words = sorted(name for name in stated if name.partition(".")[0] in ("slurm", "kubernetes"))
+    if not words or ranks is None:
+        return []
+    remedy = "launch/submit.py takes the same words; or leave them out"
+    return [Fault(", ".join(words), "this command starts the run here, not as a job", remedy)]
 
 
 def _composed_beside(good: Sequence[str], conf_dir: Path, misspelt: Sequence[Fault]) -> RootConf:

@@ -25,6 +25,9 @@ from orchestrator.errors import ConfigError, DataError, Fault, MisfitError, Mode
 Task = Callable[[list[str]], int]
 """What a launch script does with its overrides; returns the exit code."""
 
+Sweep = Callable[[list[list[str]]], int]
+"""What a launch script does with the overrides of all runs of `-m` together; returns the exit code."""
+
 SAME_ON_ALL_RANKS = (ConfigError, DataError, ModelError, MisfitError)
 """Errors of the user's input: every rank meets them alike, so rank 0 speaks for all."""
 
@@ -131,7 +134,7 @@ def _run_all(task: Task, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _dispatch(task: Task, argv: Sequence[str], program: str, conf_dir: Path) -> int:
+def _dispatch(task: Task, argv: Sequence[str], program: str, conf_dir: Path, all_runs: Sweep | None) -> int:
     if {"-h", "--help"} & set(argv):
         if rank() == 0:
             print(help_text(program, conf_dir), end="")
@@ -142,6 +145,8 @@ def _dispatch(task: Task, argv: Sequence[str], program: str, conf_dir: Path) -> 
     if arguments.cfg or arguments.info or arguments.hydra_help or arguments.shell_completion or arguments.resolve:
         return _show(argv, arguments.overrides, program, conf_dir) if rank() == 0 else 0
     if arguments.multirun:
+        if all_runs is not None:
+            return all_runs(sweep(arguments.overrides))
         return _run_all(task, arguments.overrides)
     return task(list(arguments.overrides))
 
@@ -152,13 +157,15 @@ def run_app(
     program: str = "launch/train.py",
     conf_dir: Path = CONF_DIR,
     report: Callable[[OrchestratorError], int] = report_error,
+    all_runs: Sweep | None = None,
 ) -> int:
     """The exit code of `task`, called with the overrides in `argv` (None: this process's), or of what a flag asks for.
 
-    `report` tells a person of an error and returns its exit code.
+    `report` tells a person of an error and returns its exit code. `all_runs` gets the runs of `-m` together; None: `task` gets
+    one after the other.
     """
     try:
-        code = _dispatch(task, without_local_rank(sys.argv[1:] if argv is None else argv), program, conf_dir)
+        code = _dispatch(task, without_local_rank(sys.argv[1:] if argv is None else argv), program, conf_dir, all_runs)
         sys.stdout.flush()
     except OrchestratorError as error:
         return report(error)

@@ -33,6 +33,8 @@ ORDER = (
     "precision",
     "cluster",
     "logger",
+    "slurm",
+    "kubernetes",
 )
 """Groups in the order in which a person thinks of them; any other follows by name."""
 

@@ -121,6 +121,11 @@ class OnMisfit(Enum):
     ignore = "ignore"
 
 
+class JobKind(Enum):
+    none = "none"
+    job = "job"
+
+
 @dataclass
 class RunConf:
     dir: str | None = key(None, "folder of the run; null: a fresh one under runs/, named after the run")
@@ -348,6 +353,41 @@ class PlanConf:
 
 
 @dataclass
+class SlurmConf:
+    """A job of launch/submit.py. Nodes, processes and cards are those of the cluster that the choice names."""
+
+    kind: JobKind = key(JobKind.none, "whether a job is submitted (set by the group)")
+    name: str | None = key(None, "name of the job; null: that of the run folder")
+    partition: str | None = key(None, "partition; null: the cluster's default")
+    account: str | None = key(None, "account to charge; null: your default")
+    qos: str | None = key(None, "quality of service; null: your default")
+    constraint: str | None = key(None, "features that nodes must have, e.g. a10&ib; null: any")
+    gpu: str | None = key(None, "type of card as the cluster calls it, e.g. a10; null: any")
+    cpus: int = key(8, "cores on each node", "cores")
+    memory_gib: int = key(0, "memory on each node; 0: all of it", "GiB")
+    hours: float = key(24.0, "time limit; the run saves before it and goes on in the requeued job", "hours")
+    grace: int = key(300, "the run is told to save so long before the time limit", "seconds")
+    requeues: int = key(3, "the job is started again at most so often: time limit, preemption, lost node")
+    setup: str | None = key(None, "shell file that every node sources first, e.g. for module load; null: none")
+    array: bool = key(False, "-m: one job array instead of one job each")
+
+
+@dataclass
+class KubernetesConf:
+    """A TrainJob of launch/submit.py. Pods, processes and cards are those of the cluster that the choice names."""
+
+    kind: JobKind = key(JobKind.none, "whether a job is submitted (set by the group)")
+    name: str | None = key(None, "name of the TrainJob; null: that of the run folder")
+    namespace: str = key("default", "namespace")
+    runtime: str = key("torch-distributed", "ClusterTrainingRuntime of Kubeflow Trainer")
+    image: str = key("orchestrator:cuda", "image made from docker/")
+    claim: str | None = key(None, "persistent volume claim that holds the run folders, data and models")
+    mount: str = key("/workspace", "where the claim is mounted; a relative run.dir lies in it")
+    cpus: int = key(8, "cores of each pod", "cores")
+    memory_gib: int = key(32, "memory of each pod", "GiB")
+
+
+@dataclass
 class RootConf:
     run: RunConf = field(default_factory=RunConf)
     seed: int = key(0, "decides sample order, random weights, dropout and the held-out split")
@@ -371,3 +411,5 @@ class RootConf:
     logging: LoggingConf = field(default_factory=LoggingConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
     plan: PlanConf = field(default_factory=PlanConf)
+    slurm: SlurmConf = field(default_factory=SlurmConf)
+    kubernetes: KubernetesConf = field(default_factory=KubernetesConf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def job(self) -> Path:
+        """What a job was submitted with, and what its script printed."""
+        return self.path / "job"
+
+    @property
+    def submitted(self) -> Path:
+        return self.job / "submitted.json"
+
+    @property
+    def stopped(self) -> Path:
+        """There while the run is stopped before its last step, with everything saved: says by what and where."""
+        return self.path / "stopped"
+
+    @property
+    def done(self) -> Path:
+        """There when the last step, the checkpoint and the export are done."""
+        return self.path / "done"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
@@ -118,16 +138,18 @@ def _siblings(root: Path, name: str) -> list[RunFolder]:
     return sorted(found, key=lambda folder: max(p.stat().st_mtime for p in (folder.path, *folder.path.glob("*"))))
 
 
-def _fresh(root: Path, name: str) -> RunFolder:
+def _fresh(root: Path, name: str, taken: Collection[Path]) -> RunFolder:
     path, number = root / name, 1
-    while path.exists():
+    while path.exists() or path.absolute() in taken:
         number += 1
         path = root / f"{name}-{number}"
     return RunFolder(path)
 
 
-def choose(spec: RunSpec, root: Path = ROOT) -> Choice:
+def choose(spec: RunSpec, root: Path = ROOT, taken: Collection[Path] = ()) -> Choice:
     """Where this run writes and what it resumes from. Called by rank 0 alone; makes no folder.
+
+    A fresh folder is none of `taken`, absolute paths that are promised to others.
 
     Raises:
         ConfigError: `run.dir` already holds a run and resume is "none".
@@ -149,14 +171,19 @@ def choose(spec: RunSpec, root: Path = ROOT) -> Choice:
         earlier = [folder for folder in _siblings(root, _name(spec)) if folder.saved()]
         if earlier:
             return Choice(earlier[-1], earlier[-1].saved())
-    return Choice(_fresh(root, _name(spec)), checkpoints_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else ())
+    return Choice(_fresh(root, _name(spec), taken), checkpoints_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else ())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def open_folder(folder: RunFolder, spec: RunSpec, strategy: dict[str, Any], resumed_at: int | None) -> None:
@@ -169,6 +196,8 @@ def open_folder(folder: RunFolder, spec: RunSpec, strategy: dict[str, Any], resu
     """
     try:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        for mark in (folder.stopped, folder.done):
+            mark.unlink(missing_ok=True)
         for path, data in ((folder.spec, to_json(spec)), (folder.strategy, strategy)):
             if path.exists() and resumed_at is not None and json.loads(path.read_text(encoding="utf-8")) != data:
                 path.replace(path.with_name(f"{path.stem}.before-{resumed_at:06d}.json"))

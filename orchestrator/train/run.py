@@ -27,7 +27,7 @@ from orchestrator.spec import Parameter, RunSpec, digest, to_json
 from orchestrator.train import checkpoint, folder
 from orchestrator.train.display import Display, count, home_word
 from orchestrator.train.export import Source
-from orchestrator.train.folder import Choice, RunFolder, write_json
+from orchestrator.train.folder import Choice, RunFolder, write_json, write_text
 from orchestrator.train.log import open_log, quiet_libraries
 from orchestrator.train.loop import Ending, Loop
 from orchestrator.train.memory import Memory, measure
@@ -36,7 +36,7 @@ from orchestrator.train.probe import Probe, probe_ids
 from orchestrator.train.publish import Publisher
 from orchestrator.train.resume import Reader, changes, check_run, check_tensors, first_sound
 from orchestrator.train.saving import Saved, Saver
-from orchestrator.train.stop import listening
+from orchestrator.train.stop import StopRequest, listening
 from orchestrator.train.world import World
 from orchestrator.units import format_bytes, format_count, format_seconds
 
@@ -100,10 +100,12 @@ def _seed(seed: int, rank: int) -> None:
 
 
 class Run:
-    """A run of `spec` in `world`. `start` opens its folder, `train` does the rest."""
+    """A run of `spec` in `world`. `stop` is a request that may come before the run listens itself, which it does from its
+    first step to its last."""
 
-    def __init__(self, spec: RunSpec, world: World, display: Display | None = None) -> None:
+    def __init__(self, spec: RunSpec, world: World, display: Display | None = None, stop: StopRequest | None = None) -> None:
         self.spec, self.world = spec, world
+        self._stop = StopRequest() if stop is None else stop
         self.display = display or Display(world.first)
         self.folder: RunFolder | None = None
         self._made = False
@@ -147,8 +149,15 @@ class Run:
             waiting = publisher.write(engine, self._folder.export) if wanted else None
         del engine, model
         published = self._confirm(publisher, waiting)
-        self.world.barrier()
+        self.world.on_first(lambda: self._mark(done, total, stopped))
         return Outcome(self._folder, done, total, stopped, published)
+
+    def _mark(self, done: int, total: int, stopped: bool) -> None:
+        """Leave the file by which a job script knows how the run ended, when everything else is written."""
+        if stopped:
+            write_text(self._folder.stopped, f"{self._stop.signal_name or 'a signal'} after step {done} of {total}\n")
+        else:
+            write_text(self._folder.done, f"step {done} of {total}\n")
 
     def conclude(self, outcome: Outcome) -> None:
         """Say how the run ended and what to do next."""
@@ -328,7 +337,7 @@ class Run:
 
         self.display.begin(started, total)
         try:
-            with listening() as stop:
+            with listening(self._stop) as stop:
                 ending = loop.run(steps, stop, save, after_first)
                 saver.wait()
                 return ending

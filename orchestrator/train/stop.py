@@ -1,11 +1,17 @@
-"""A polite end: SIGTERM and SIGINT ask the loop to finish its step, save and leave."""
+"""A polite end: SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step, save and leave."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What a batch system, a person and a job script send. Slurm sends them to every process of a step."""
+
+OF_A_JOB = (signal.SIGTERM, signal.SIGUSR1)
+"""Those that a job listens to from its start on. A person's Ctrl-C ends a start at once."""
 
 
 class StopRequest:
@@ -24,12 +30,24 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """A StopRequest that SIGTERM and SIGINT set while the context lasts; the former handlers come back after it."""
-    request = StopRequest()
-    former = {number: signal.signal(number, request._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+def listening(request: StopRequest, signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[StopRequest]:
+    """`request`, which `signals` set while the context lasts; the former handlers come back after it.
+
+    Processes that are forked meanwhile inherit the handlers: they note a signal and live on until their parent ends them.
+    """
+    former = {number: signal.signal(number, request._on_signal) for number in signals}
     try:
         yield request
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def sheltered() -> Iterator[None]:
+    """While it lasts, processes that are started, forked or not, never see SIGNALS; this one gets them when it ends."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)

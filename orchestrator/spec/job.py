@@ -1,0 +1,39 @@
+"""What a scheduler is asked for: everything about a job that does not change what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Slurm:
+    """A Slurm job. `memory_gib` 0: all of a node's; `minutes` is the time limit, `grace` (seconds) how long before it the run
+    is told to save. None leaves a choice to the cluster's defaults; `name` None: that of the run folder."""
+
+    cpus: int
+    memory_gib: int
+    minutes: int
+    grace: int
+    requeues: int
+    name: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpu: str | None = None
+    setup: str | None = None
+    array: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kubernetes:
+    """A TrainJob of Kubeflow Trainer. `claim` is a persistent volume claim, mounted at `mount` in every pod."""
+
+    cpus: int
+    memory_gib: int
+    namespace: str
+    runtime: str
+    image: str
+    claim: str
+    mount: str
+    name: str | None = None
