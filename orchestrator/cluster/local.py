@@ -44,7 +44,7 @@ def visible(count: int, listed: str | None) -> list[int]:
 
 
 @contextlib.contextmanager
-def _driver() -> Iterator[object | None]:
+def driver() -> Iterator[object | None]:
     """NVML while in the context; None where the package or the driver is missing."""
     try:
         import pynvml
@@ -64,7 +64,7 @@ def _driver() -> Iterator[object | None]:
 
 def cards() -> list[Card]:
     """The NVIDIA cards that CUDA would use, in its order; empty on a machine without them."""
-    with _driver() as nvml:
+    with driver() as nvml:
         if nvml is None:
             return []
         import pynvml

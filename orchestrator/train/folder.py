@@ -171,7 +171,8 @@ def choose(spec: RunSpec, root: Path = ROOT, taken: Collection[Path] = ()) -> Ch
         earlier = [folder for folder in _siblings(root, _name(spec)) if folder.saved()]
         if earlier:
             return Choice(earlier[-1], earlier[-1].saved())
-    return Choice(_fresh(root, _name(spec), taken), checkpoints_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else ())
+    fresh = _fresh(root, _name(spec), taken)
+    return Choice(fresh, checkpoints_at(Path(spec.resume)) if spec.resume not in ("none", "auto") else ())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -47,7 +47,7 @@ SlurmdLogFile={home}/log/slurmd.%n.log
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 ReturnToService=2
-KillWait=20
+KillWait=12
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}

@@ -26,8 +26,7 @@ SMALL = (
 SAVING = ("checkpoint.every=1", "logging.every=100000")
 """Flushing a checkpoint at each step takes time and hardly any processor: the run lasts, and leaves the cores to the others."""
 
-LONG = ("run.steps=600", "checkpoint.every=25", "logging.every=100000")
-"""Some seconds after the start, in which a test can come between."""
+ENDLESS = ("run.steps=1000000", *SAVING)
 
 ONE = ("nodes=1", "cluster.cards_per_node=1")
 EVIL = """it's "a" $(touch hacked) `touch hacked` ; touch hacked"""
@@ -66,7 +65,7 @@ def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Queue
     first on the first node, with one core, where nothing preempts it."""
     desk = Desk(cluster, tmp_path_factory.mktemp("limited"))
     words = ("slurm.partition=high", "slurm.cpus=1", "slurm.hours=0.016", "slurm.grace=55", "slurm.requeues=9")
-    return Queued(desk, *desk.submit(*ONE, *words, "run.steps=1000000", *SMALL, *SAVING))
+    return Queued(desk, *desk.submit(*ONE, *words, *ENDLESS, *SMALL))
 
 
 @pytest.fixture
@@ -110,29 +109,33 @@ def test_two_nodes_of_two_ranks_train_and_hostile_values_do_nothing(desk: Desk) 
 
 
 def test_a_preempted_run_saves_and_comes_back(desk: Desk) -> None:
-    victim = Queued(desk, *desk.submit(*ONE, "slurm.cpus=4", *LONG, *SMALL))
+    victim = Queued(desk, *desk.submit(*ONE, "slurm.cpus=4", *ENDLESS, *SMALL))
     running(victim)
-    desk.cluster.run("sbatch", "--parsable", "-p", "high", "-c4", "-o", "/dev/null", "--wrap", "sleep 1")
-    finished(desk.cluster, victim.number, victim.folder, restarts=1)
-    assert len(losses(victim.folder)) == 600
-    assert re.search(r"saved: SIGTERM after step \d+ of 600", log(victim.folder)) and "resume   after step" in log(
-        victim.folder
-    )
+    node = desk.cluster.job(victim.number)["NodeList"]
+    rival = ("-p", "high", "-c4", f"--nodelist={node}", "-o", "/dev/null", "--wrap", "sleep 1")
+    desk.cluster.run("sbatch", "--parsable", *rival, cwd=desk.folder)
+    wait_for("a second start", lambda: "resume   after step" in log(victim.folder), 240)
+    (saved,) = re.findall(r"saved: SIGTERM after step (\d+) of 1000000", log(victim.folder))
+    running(victim, int(saved) + 2)
+    assert f"resume   after step {saved} of 1000000" in log(victim.folder)
+    assert desk.cluster.job(victim.number)["Restarts"] == "1"
+    desk.cluster.run("scancel", victim.number)
+    assert desk.cluster.wait(victim.number)["JobState"] == "CANCELLED"
 
 
 def test_a_run_whose_node_dies_is_started_again_and_finishes(desk: Desk) -> None:
-    words = ("nodes=2", "cluster.cards_per_node=1", "slurm.cpus=2", "fsdp=full_shard", *LONG[1:], "run.steps=300")
+    words = ("nodes=2", "cluster.cards_per_node=1", "slurm.cpus=2", "fsdp=full_shard", "run.steps=200", "checkpoint.every=20")
     queued = Queued(desk, *desk.submit(*words, *SMALL))
     running(queued, 30)
     desk.cluster.kill_node("n2")
     desk.cluster.start_node("n2")
     finished(desk.cluster, queued.number, queued.folder, restarts=1)
-    assert len(losses(queued.folder)) == 300 and "start 1 on n[1-2]" in log(queued.folder)
+    assert len(losses(queued.folder)) == 200 and "start 1 on n[1-2]" in log(queued.folder)
 
 
 def test_of_an_array_one_task_starts_again_as_often_as_allowed_and_a_cancelled_one_never(desk: Desk) -> None:
     words = (*ONE, "slurm.array=true", "slurm.cpus=1", "slurm.requeues=1", "seed=1,2")
-    said = desk.type("-m", *words, "run.steps=1000000", *SMALL, *SAVING)
+    said = desk.type("-m", *words, *ENDLESS, *SMALL)
     number = re.search(r"^job +(\d+)", said, re.MULTILINE)
     first, second = (RunFolder(Path(path)) for path in re.findall(r"^run +(.+)$", said, re.MULTILINE))
     assert number and f"launch/compare.py runs={first.path},{second.path}" in said

@@ -34,7 +34,7 @@ def test_a_run_leaves_a_folder_that_explains_itself(small, execute, screen):
     outcome = execute(small("eval.every=2", "data.eval_fraction=0.1", "logging.every=2"))
     path = outcome.folder.path
     names = {p.name for p in path.iterdir()}
-    assert names == {"spec.json", "strategy.json", "metrics.jsonl", "train.log", "ledger.json", "checkpoints", "export"}
+    assert names == {"spec.json", "strategy.json", "metrics.jsonl", "train.log", "ledger.json", "checkpoints", "export", "done"}
     assert from_json(RunSpec, json.loads((path / "spec.json").read_text())).run.steps == 4
     assert json.loads((path / "strategy.json").read_text())["engine"]
     written = lines(path)
