@@ -26,4 +26,8 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
     found["shard_grad_op"] = replace(fsdp, reshard_after_forward=False)
     if ranks > 1:
         found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
+        found["tensor2"] = replace(fsdp, dp_replicate=ranks // 2, dp_shard=1, tp=2)
+    if ranks > 2:
+        found["full_shard_tensor2"] = replace(fsdp, dp_shard=ranks // 2, tp=2)
+        found["tensor4"] = replace(fsdp, dp_replicate=ranks // 4, dp_shard=1, tp=4)
     return found

@@ -162,13 +162,13 @@ def test_the_table_of_what_a_step_keeps_is_the_plans(words: str, cells: str) -> 
     assert [cell.strip() for cell in cells.split("|")][1:3] == expected
 
 
-ROWS = re.findall(r"^\| `((?:zero|fsdp)=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
+ROWS = re.findall(r"^\| `((?:zero|fsdp|tensor)=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
 
 
 def test_the_table_has_every_strategy() -> None:
     shown = {word for strategy, _ in ROWS for word in strategy.split()}
-    for group in ("zero", "fsdp"):
-        assert {f"{group}={choice.name}" for choice in groups()[group]} - shown <= {"fsdp=none"}
+    for group in ("zero", "fsdp", "tensor"):
+        assert {f"{group}={choice.name}" for choice in groups()[group]} - shown <= {"fsdp=none", "tensor=none"}
 
 
 @pytest.mark.parametrize(("strategy", "cells"), ROWS)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator import spec
-from orchestrator.config import checks, computing
+from orchestrator.config import checks, computing, divisions
 from orchestrator.config.catalog import CONF_DIR
 from orchestrator.config.idle import idle_faults
 from orchestrator.config.optimizer import build_optimizer, optimizer_faults
@@ -146,15 +146,20 @@ def _data(conf: DataConf, seq_len: int) -> spec.Data:
 
 def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Model, strict: bool) -> list[Fault]:
     """The faults between keys, `strict` also where no strategy is named."""
-    size = shard_size(conf.fsdp, ranks, cluster)
+    tensor = conf.tensor.size if ranks % conf.tensor.size == 0 else 1
+    size = shard_size(conf.fsdp, ranks, cluster, tensor)
     return [
         *checks.engine_faults(conf.zero, conf.fsdp),
+        *divisions.tensor_faults(conf.tensor, conf.zero, ranks, cluster),
+        *divisions.width_faults(conf.tensor, model.shape),
+        *divisions.company_faults(conf.tensor, conf.tuning, conf.loss, conf.optimizer),
+        *divisions.pipeline_faults(conf.pipeline),
         *checks.offload_faults(conf.zero, conf.fsdp, conf.offload),
         *checks.pin_faults(conf.offload, cluster),
         *checks.rank_faults(ranks, cluster),
-        *checks.shard_faults(conf.fsdp, ranks, size),
-        *(require_strategy(conf.zero, conf.fsdp, ranks) if strict else []),
-        *checks.batch_faults(conf.batch.global_size, conf.batch.micro, ranks),
+        *checks.shard_faults(conf.fsdp, ranks // tensor, size),
+        *(require_strategy(conf.zero, conf.fsdp, conf.tensor, ranks) if strict else []),
+        *checks.batch_faults(conf.batch.global_size, conf.batch.micro, ranks // tensor),
         *checks.precision_faults(choose_precision(conf.precision.compute, cluster.card), conf.zero, cluster),
         *checks.length_faults(choose_seq_len(conf.data, model.shape), model.shape),
         *checks.shape_faults(model.shape),
@@ -222,7 +227,10 @@ def compose(
     if misspelt:
         raise ConfigError([*misspelt, *single])
     # A number that is impossible by itself would only echo in the checks that follow.
-    if any(fault.field.startswith(("batch.", "zero.", "fsdp.", "cluster.", "optimizer.betas", "model.n")) for fault in single):
+    if any(
+        fault.field.startswith(("batch.", "zero.", "fsdp.", "tensor.", "cluster.", "optimizer.betas", "model.n"))
+        for fault in single
+    ):
         raise ConfigError(single)
     cluster = build_cluster(conf.cluster, ranks, local)
     count = ranks if ranks is not None else cluster.cards

@@ -23,6 +23,8 @@ EXAMPLES = (
 ORDER = (
     "zero",
     "fsdp",
+    "tensor",
+    "pipeline",
     "offload",
     "tuning",
     "model",

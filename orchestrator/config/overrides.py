@@ -23,6 +23,12 @@ def with_quoted_home(text: str) -> str:
     return re.sub(r"^([^=]+)=(~/?[^'\",\[\]]*)$", r"\1='\2'", text)
 
 
+def with_quoted_number(text: str, names: Iterable[str]) -> str:
+    """An override of a group whose choice is a number in quotes: Hydra takes a bare one for no choice."""
+    group, _, choice = text.partition("=")
+    return f"{group}='{choice}'" if group.lstrip("+") in names and choice.isdigit() else text
+
+
 def meant(word: str, options: Iterable[str]) -> str:
     """'; did you mean X?' with the option nearest to `word`, or nothing where none is near."""
     names = list(options)
@@ -100,7 +106,8 @@ def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str]
     good, stated, faults = [], set(), []
     for text in overrides:
         try:
-            override = parser.parse_override(with_quoted_home(text))
+            quoted = with_quoted_number(with_quoted_home(text), names)
+            override = parser.parse_override(quoted)
         except (OverrideParseException, HydraException) as error:
             reason = str(error).splitlines()[0]
             remedy = "write key=value; put quotes inside quotes for special letters: 'data.path=\"a b=c.json\"'"
@@ -110,8 +117,7 @@ def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str]
         faults.extend(found)
         if not found:
             # "+" adds what Hydra does not know yet; every key and group here is known, so it is not needed.
-            plain = with_quoted_home(text)
-            good.append(plain.lstrip("+") if override.key_or_group in known or override.key_or_group in names else plain)
+            good.append(quoted.lstrip("+") if override.key_or_group in known or override.key_or_group in names else quoted)
             stated.add(override.key_or_group)
     return good, frozenset(stated), faults
 

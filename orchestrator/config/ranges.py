@@ -62,6 +62,8 @@ RULES: tuple[Rule, ...] = (
     ("zero.max_reuse_distance", _at_least(0), "must be at least 0 elements"),
     ("zero.sub_group_size", _at_least(1), "must be at least 1 element"),
     ("fsdp.shard_size", _at_least(1), "must be at least 1"),
+    ("tensor.size", _at_least(1), "must be at least 1"),
+    ("pipeline.stages", _at_least(1), "must be at least 1"),
     ("checkpoint.every", _at_least(0), "must be at least 0 (0: only at the end)"),
     ("checkpoint.keep", _at_least(1), "must be at least 1: the run needs its last checkpoint"),
     ("loss.chunk", _at_least(1), "must be at least 1"),

@@ -164,6 +164,18 @@ class FsdpConf:
 
 
 @dataclass
+class TensorConf:
+    size: int = key(
+        1, "ranks that divide each matrix among them; divides heads, MLP and vocabulary (set by the group)", "ranks"
+    )
+
+
+@dataclass
+class PipelineConf:
+    stages: int = key(1, "ranks that run the blocks one after the other; above 1 is refused (set by the group)", "ranks")
+
+
+@dataclass
 class TuningConf:
     kind: TuningKind = key(TuningKind.full, "full, lora or qlora (set by the group)")
     rank: int = key(16, "LoRA: inner size of the adapters")
@@ -400,6 +412,8 @@ class RootConf:
     schedule: ScheduleConf = field(default_factory=ScheduleConf)
     zero: ZeroConf = field(default_factory=ZeroConf)
     fsdp: FsdpConf = field(default_factory=FsdpConf)
+    tensor: TensorConf = field(default_factory=TensorConf)
+    pipeline: PipelineConf = field(default_factory=PipelineConf)
     offload: OffloadConf = field(default_factory=OffloadConf)
     recompute: RecomputeConf = field(default_factory=RecomputeConf)
     loss: LossConf = field(default_factory=LossConf)

@@ -1,8 +1,8 @@
-"""From the groups zero, fsdp and offload, and a number of ranks, to one Strategy."""
+"""From the groups zero, fsdp, tensor and offload, and a number of ranks, to one Strategy."""
 
 from __future__ import annotations
 
-from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, RootConf, ZeroConf
+from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, RootConf, TensorConf, ZeroConf
 from orchestrator.errors import Fault
 from orchestrator.spec import ZERO_STAGES, Buckets, Cluster, Engine, Home, ModelShape, Shard, Strategy, parameters
 
@@ -32,16 +32,20 @@ def buckets(zero: ZeroConf, shape: ModelShape | None) -> Buckets:
 
 def default_shard_size(ranks: int, cards_per_node: int) -> int:
     """Ranks of one shard group of hybrid_shard: those of a node; on a single node the largest proper part, half if even."""
-    if ranks > cards_per_node:
+    if ranks > cards_per_node > 0:
         return cards_per_node
     return next((ranks // part for part in range(2, ranks + 1) if ranks % part == 0), 1)
 
 
-def shard_size(fsdp: FsdpConf, ranks: int, cluster: Cluster) -> int:
-    """Ranks of one shard group: all of them unless `fsdp` is hybrid."""
+def shard_size(fsdp: FsdpConf, ranks: int, cluster: Cluster, tensor: int = 1) -> int:
+    """Ranks of one shard group: all of the `ranks // tensor` data-parallel ones unless `fsdp` is hybrid, one without FSDP2."""
+    if fsdp.kind is FsdpKind.none:
+        return 1
     if fsdp.kind is not FsdpKind.hybrid_shard:
-        return ranks
-    return fsdp.shard_size if fsdp.shard_size is not None else default_shard_size(ranks, cluster.cards_per_node)
+        return ranks // tensor
+    if fsdp.shard_size is not None:
+        return fsdp.shard_size
+    return default_shard_size(ranks // tensor, cluster.cards_per_node // tensor)
 
 
 def pinned(offload: OffloadConf, cluster: Cluster) -> bool:
@@ -66,13 +70,14 @@ def build_strategy(conf: RootConf, ranks: int, cluster: Cluster, shape: ModelSha
             pin_memory=pin,
             buckets=buckets(conf.zero, shape),
         )
-    if conf.fsdp.kind is not FsdpKind.none:
-        group = shard_size(conf.fsdp, ranks, cluster)
+    if conf.fsdp.kind is not FsdpKind.none or conf.tensor.size > 1:
+        group = shard_size(conf.fsdp, ranks, cluster, conf.tensor.size)
         return Strategy(
             engine=Engine.FSDP,
             shard=Shard.PARAMETERS,
-            dp_replicate=ranks // group,
+            dp_replicate=ranks // conf.tensor.size // group,
             dp_shard=group,
+            tp=conf.tensor.size,
             optimizer_home=optimizer_home,
             parameter_home=parameter_home,
             pin_memory=pin,
@@ -81,9 +86,9 @@ def build_strategy(conf: RootConf, ranks: int, cluster: Cluster, shape: ModelSha
     return Strategy(engine=Engine.PLAIN, shard=Shard.NONE, dp_shard=ranks)
 
 
-def require_strategy(zero: ZeroConf, fsdp: FsdpConf, ranks: int) -> list[Fault]:
+def require_strategy(zero: ZeroConf, fsdp: FsdpConf, tensor: TensorConf, ranks: int) -> list[Fault]:
     """A fault where several ranks run and nothing says how to spread the run over them."""
-    if ranks == 1 or zero.stage is not None or fsdp.kind is not FsdpKind.none:
+    if ranks == 1 or zero.stage is not None or fsdp.kind is not FsdpKind.none or tensor.size > 1:
         return []
     problem = f"{ranks} ranks run, but zero=none and fsdp=none: the plain engine is one process"
     return [Fault("zero, fsdp", problem, "add zero=stage2 or fsdp=full_shard, or start one process")]

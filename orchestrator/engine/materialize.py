@@ -77,11 +77,12 @@ class StoredWeights:
         self._weights = weights
         self._packed = {f"{name}.weight": layer for name, layer in quantised_layers(model)}
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter as it is stored."""
+    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter as it is stored, or `columns` of its rows."""
         layer = self._packed.get(name)
         if layer is None:
-            return self._weights.read(name, start, stop)
+            return self._weights.read(name, start, stop, columns)
+        assert columns is None, "packed weights have no columns (refused in compose)"
         return layer.pack(partial(self._weights.read, name), start, stop)
 
 

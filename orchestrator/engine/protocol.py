@@ -20,8 +20,9 @@ LossSum = Callable[[nn.Module, MicroBatch], torch.Tensor]
 class Weights(Protocol):
     """Where the initial values of parameters come from."""
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter `name`, one-dimensional, on the CPU, in the source's dtype."""
+    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter `name`, one-dimensional, on the CPU, in the source's dtype; with
+        `columns` [first, last), start and stop are those of whole rows and only these columns of each row are read."""
         ...
 
 
@@ -38,13 +39,23 @@ class PackedLayer(Protocol):
         ...
 
 
+@runtime_checkable
+class LossGivingHead(Protocol):
+    """A head that gives the loss itself, and can do so with a part of the vocabulary on each of several ranks."""
+
+    def share(self, first: int, exchange: Callable[[torch.Tensor, str], None]) -> None:
+        """From here on the weight holds the words from `first` on; `exchange` makes a tensor, in place, the "largest" or the
+        "sum" over the ranks."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A contiguous run of one flattened tensor of the training state, held by this rank.
+    """A contiguous run of one flattened tensor of the training state, or some columns of some of its rows, held by this rank.
 
     `name` is the parameter's, `kind` one of "weight" (the master), "exp_avg", "exp_avg_sq"; `start` is the offset of
     `data[0]` in the flattened parameter; `shape` is the parameter's global shape. `owned` is False where another rank
-    holds the same elements and saves them.
+    holds the same elements and saves them. With `columns` [first, last), `data` holds these of each row, row after row.
     """
 
     name: str
@@ -53,6 +64,7 @@ class Piece:
     start: int
     data: torch.Tensor
     owned: bool = True
+    columns: tuple[int, int] | None = None
 
     def copied(self) -> Piece:
         """The same piece with data of its own in host memory, which the next step does not change."""

@@ -1,8 +1,9 @@
-"""FSDP2: what `fully_shard` keeps on a rank, the wrap policy that makes it so, and accelerate's way to say the same.
+"""FSDP2 and tensor parallelism: what a rank keeps, the wrap policy that makes it so, and accelerate's way to say the same.
 
 Read from torch 2.13 torch/distributed/fsdp/_fully_shard/_fsdp_param.py (dim-0 chunks, padded to the first rank's).
 Trainable parameters rest in fp32 and are their own master; frozen ones rest in the compute dtype. Weights are gathered
-in the compute dtype and gradients reduced in fp32.
+in the compute dtype and gradients reduced in fp32. Under tensor parallelism all of this holds for a rank's part of each
+parameter (`spec/division.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,20 @@ from typing import Any
 
 from orchestrator.layout.moments import Held, hidden_matrix, moment_rows, update_buffer
 from orchestrator.layout.rows import Buffer, Row, quantisation
-from orchestrator.spec import ROOT, Batch, Engine, Home, Optimizer, Parameter, RunSpec, Shard, Strategy
+from orchestrator.spec import (
+    ROOT,
+    Batch,
+    Division,
+    Engine,
+    Home,
+    Optimizer,
+    Parameter,
+    RunSpec,
+    Shard,
+    Strategy,
+    divided_table,
+    division,
+)
 from orchestrator.units import ceil_div, dtype_bytes
 
 MASTER = "fp32"
@@ -34,9 +48,10 @@ def _held(parameters: Sequence[Parameter], ranks: int, position: int) -> tuple[H
 
 
 def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer, rank: int) -> tuple[Row, ...]:
-    """Every tensor class at rest on rank `rank`; its position on the shard axis is rank modulo `dp_shard`."""
+    """Every tensor class at rest on rank `rank`; its position on the shard axis is that of its group, modulo `dp_shard`."""
     ranks, home = strategy.dp_shard, strategy.parameter_home
-    position = rank % ranks
+    position = rank // strategy.tp % ranks
+    table = divided_table(table, strategy.tp)
     line = "adapters" if any(p.adapter for p in table) else "weights"
     result: list[Row] = []
     for name, dtype, members in (
@@ -45,9 +60,9 @@ def rows(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer
     ):
         chunks = [_chunk(p, ranks, position) for p in members]
         held, real = sum(c[0] for c in chunks), sum(c[1] for c in chunks)
-        result.append(Row(name, dtype, home, held, ranks, held - real))
+        result.append(Row(name, dtype, home, held, ranks * strategy.tp, held - real))
         if dtype == MASTER and name == line:
-            result += moment_rows(optimizer, _held(members, ranks, position), home, ranks)
+            result += moment_rows(optimizer, _held(members, ranks, position), home, ranks * strategy.tp)
     return tuple(result)
 
 
@@ -55,6 +70,7 @@ def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimi
     """Gathered weights and reduce-scatter inputs, by group (each block, and the root with embeddings and head)."""
     groups: dict[int, int] = {}
     learned: dict[int, int] = {}
+    table = divided_table(table, strategy.tp)
     for parameter in table:
         groups[parameter.block] = groups.get(parameter.block, 0) + parameter.numel
         learned[parameter.block] = learned.get(parameter.block, 0) + (parameter.numel if parameter.trainable else 0)
@@ -66,12 +82,15 @@ def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimi
     scatter = max(learned.values(), default=0) * 4
     trainable = sum(learned.values())
     own = ceil_div(trainable, strategy.dp_shard) * 4
+    partial = sum(p.numel for p in table if p.trainable and division(p.name) is Division.SUMMED)
+    summed = ceil_div(partial, strategy.dp_shard) * 4 if strategy.tp > 1 else 0
     held = Buffer("gradients", strategy.parameter_home, own, ("backward", "step"), "_fsdp_param.py sharded gradients, fp32")
     return (
         Buffer("gathered", Home.GPU, gathered * size, ("forward", "backward"), "_fsdp_param_group.py unshard and prefetch"),
         Buffer("reduce_scatter", Home.GPU, scatter, ("backward",), "_fsdp_collectives.py foreach_reduce, reduce_dtype fp32"),
         held,
         *update_buffer(optimizer, trained, _held(trained, strategy.dp_shard, 0), strategy.parameter_home),
+        Buffer("summed", Home.GPU, summed, ("step",), "engine/tensor_parallel.py add_up: partial gradients in one message"),
     )
 
 

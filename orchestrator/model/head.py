@@ -7,7 +7,7 @@ made in that forward too and only scaled in the backward, so logits are never co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,6 +34,31 @@ class Target:
     labels: torch.Tensor
 
 
+Exchange = Callable[[torch.Tensor, str], None]
+"""Makes a tensor the "largest" or the "sum" of its own over the ranks that each hold a part of the vocabulary, in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The part of the vocabulary that a head computes: words from `first` on. Alone it is all of it and exchanges nothing."""
+
+    first: int = 0
+    exchange: Exchange | None = None
+
+    def join(self, tensor: torch.Tensor, how: str) -> None:
+        """Make `tensor`, one value a row, what it is over the whole vocabulary."""
+        if self.exchange is not None:
+            self.exchange(tensor, how)
+
+    def place(self, labels: torch.Tensor, first: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(where each label lies among `width` words from word `first` of this part on, as a column; whether it does)."""
+        place = labels - (self.first + first)
+        inside = (place >= 0) & (place < width)
+        return place.clamp_(0, width - 1).unsqueeze(1), inside.unsqueeze(1)
+
+
+WHOLE = Vocabulary()
+
 _TARGET: ContextVar[Target | None] = ContextVar("target", default=None)
 
 
@@ -55,6 +80,12 @@ class LossHead(nn.Linear):
     """
 
     loss: Loss
+    vocabulary: Vocabulary = WHOLE
+
+    def share(self, first: int, exchange: Exchange) -> None:
+        """From here on the weight holds only the words from `first` on; other ranks hold the others, and the loss is that of
+        all of them. The gradient of the input is this part's."""
+        self.vocabulary = Vocabulary(first, exchange)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         target = _TARGET.get()
@@ -64,8 +95,8 @@ class LossHead(nn.Linear):
         if self.loss.kind == "liger":
             return _liger(hidden.index_select(0, target.rows), self.weight, target.labels)
         if not torch.is_grad_enabled():
-            return _Work(hidden, self.weight, target).loss_alone(self.loss.chunk)
-        loss: torch.Tensor = _LossSum.apply(hidden, self.weight, target, self.loss.chunk)
+            return _Work(hidden, self.weight, target, self.vocabulary).loss_alone(self.loss.chunk)
+        loss: torch.Tensor = _LossSum.apply(hidden, self.weight, target, self.vocabulary, self.loss.chunk)
         return loss
 
 
@@ -91,8 +122,10 @@ class _LossSum(torch.autograd.Function):
     """Cross-entropy summed over the labelled rows of `hidden` (rows × width), in fp32, its gradients made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: Target, chunk: int) -> torch.Tensor:
-        work = _Work(hidden, weight, target)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: Target, vocabulary: Vocabulary, chunk: int
+    ) -> torch.Tensor:
+        work = _Work(hidden, weight, target, vocabulary)
         ctx.raised = work.raised
         if ctx.needs_input_grad[1]:
             loss, of_hidden, of_weight = work.with_weight(chunk)
@@ -106,7 +139,7 @@ class _LossSum(torch.autograd.Function):
         # Taken out of the context: autograd takes a gradient over without a copy only if nobody else holds it.
         made, ctx.made = ctx.made, (None, None)
         factor = gradients[0] / ctx.raised
-        return *(None if tensor is None else tensor.mul_(factor) for tensor in made), None, None
+        return *(None if tensor is None else tensor.mul_(factor) for tensor in made), None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +149,7 @@ class _Work:
     hidden: torch.Tensor
     weight: torch.Tensor
     target: Target
+    vocabulary: Vocabulary = WHOLE
 
     @property
     def raised(self) -> float:
@@ -135,7 +169,7 @@ class _Work:
         """The loss; logits of one chunk are alive at a time."""
         loss = self._no_loss()
         for _, hidden, labels in self._chunks(chunk):
-            loss += _softmax(hidden @ self.weight.t(), labels)[0].sum()
+            loss += self._softmax(hidden, labels)[0].sum()
         return loss
 
     def frozen(self, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +196,7 @@ class _Work:
             own, of_weight = errors @ self.weight, errors.t() @ hidden
             del errors
             return losses.sum(), torch.zeros_like(self.hidden).index_copy_(0, self.target.rows, own), of_weight
-        pieces = [_softmax(hidden @ self.weight.t(), labels)[::2] for _, hidden, labels in self._chunks(chunk)]
+        pieces = [self._softmax(hidden, labels)[::2] for _, hidden, labels in self._chunks(chunk)]
         loss, totals = torch.cat([losses for losses, _ in pieces]).sum(), torch.cat([total for _, total in pieces])
         del pieces
         return loss, *self._by_slices(totals, ceil_div(self.weight.shape[0], ceil_div(count, chunk)))
@@ -175,10 +209,8 @@ class _Work:
         for first in range(0, self.weight.shape[0], width):
             part = self.weight[first : first + width]
             errors = (hidden @ part.t()).float().sub_(totals).exp_()
-            place = self.target.labels - first
-            inside = (place >= 0) & (place < part.shape[0])
-            place = place.clamp_(0, part.shape[0] - 1).unsqueeze(1)
-            errors.scatter_add_(1, place, -inside.float().unsqueeze(1))
+            place, inside = self.vocabulary.place(self.target.labels, first, part.shape[0])
+            errors.scatter_add_(1, place, -inside.float())
             half = errors.mul_(self.raised).to(hidden.dtype)
             del errors
             torch.mm(half.t(), hidden, out=of_weight[first : first + width])
@@ -189,22 +221,26 @@ class _Work:
 
     def _errors(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss of each row, raised probabilities minus one at the label, in the compute dtype)."""
-        losses, errors, _ = _softmax(hidden @ self.weight.t(), labels)
-        errors.scatter_add_(1, labels.unsqueeze(1), torch.full_like(losses, -1.0).unsqueeze(1))
+        losses, errors, _ = self._softmax(hidden, labels)
+        place, inside = self.vocabulary.place(labels, 0, self.weight.shape[0])
+        errors.scatter_add_(1, place, -inside.float())
         return losses, errors.mul_(self.raised).to(hidden.dtype)
 
-
-def _softmax(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss of each row, its probabilities, its log-sum-exp as a column), all in fp32; `logits` in fp32 are written over."""
-    logits = logits.float()
-    largest = logits.amax(1, keepdim=True)
-    logits.sub_(largest)
-    right = logits.gather(1, labels.unsqueeze(1))
-    logits.exp_()
-    total = logits.sum(1, keepdim=True)
-    logits.div_(total)
-    total.log_()
-    return (total - right).squeeze(1), logits, total.add_(largest)
+    def _softmax(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(loss of each row, probabilities of this part's words, log-sum-exp of all words as a column), all in fp32."""
+        logits = (hidden @ self.weight.t()).float()
+        largest = logits.amax(1, keepdim=True)
+        self.vocabulary.join(largest, "largest")
+        logits.sub_(largest)
+        place, inside = self.vocabulary.place(labels, 0, self.weight.shape[0])
+        right = logits.gather(1, place).mul_(inside)
+        self.vocabulary.join(right, "sum")
+        logits.exp_()
+        total = logits.sum(1, keepdim=True)
+        self.vocabulary.join(total, "sum")
+        logits.div_(total)
+        total.log_()
+        return (total - right).squeeze(1), logits, total.add_(largest)
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,17 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+Columns = tuple[int, int] | None
+"""Columns [first, last) of whole rows; None: all of them."""
+
+
 class _Source(Protocol):
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor: ...
+
+
+def _cut(rows: torch.Tensor, width: int, columns: Columns) -> torch.Tensor:
+    """Only `columns` of each of the flattened `rows` of `width` elements, flattened."""
+    return rows if columns is None else rows.view(-1, width)[:, slice(*columns)].reshape(-1)
 
 
 class RandomWeights:
@@ -42,10 +51,10 @@ class RandomWeights:
         self._seed, self._norm = seed, 0.0 if model_type == "gemma" else 1.0
         self._last: tuple[str, torch.Tensor] | None = None
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
             self._last = (name, self._whole(name))
-        return self._last[1][start:stop]
+        return _cut(self._last[1][start:stop], self._shapes[name][-1], columns)
 
     def _whole(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
@@ -62,13 +71,13 @@ class AdapterWeights:
         self._shapes = {p.name: p.shape for p in table if p.adapter}
         self._seed = seed
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        rows, columns = self._shapes[name]
+    def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
+        rows, width = self._shapes[name]
         if ".lora_B." in name:
-            return torch.zeros(stop - start)
-        bound = 1.0 / math.sqrt(columns)
-        whole = torch.empty(rows * columns).uniform_(-bound, bound, generator=_generator(self._seed, name))
-        return whole[start:stop]
+            return _cut(torch.zeros(stop - start), width, columns)
+        bound = 1.0 / math.sqrt(width)
+        whole = torch.empty(rows * width).uniform_(-bound, bound, generator=_generator(self._seed, name))
+        return _cut(whole[start:stop], width, columns)
 
 
 class SafetensorsWeights:
@@ -112,10 +121,13 @@ class SafetensorsWeights:
             self._open[file] = _open(self._folder / file)
         return self._open[file].get_slice(stored)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
         piece = self._slice(self._names[name])
         width = math.prod(piece.get_shape()[1:])
         first, last = start // width, -(-stop // width)
+        if columns is not None:
+            part: torch.Tensor = piece[first:last, slice(*columns)]
+            return part.reshape(-1)
         rows: torch.Tensor = piece[first:last]
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
@@ -166,11 +178,10 @@ class InitialWeights:
     def __init__(self, base: _Source, adapters: AdapterWeights) -> None:
         self._base, self._adapters = base, adapters
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter, in the source's dtype."""
-        if ".lora_A." in name or ".lora_B." in name:
-            return self._adapters.read(name, start, stop)
-        return self._base.read(base_name(name), start, stop)
+    def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter, in the source's dtype; with `columns` only those of its rows."""
+        source = self._adapters if ".lora_A." in name or ".lora_B." in name else self._base
+        return source.read(name if source is self._adapters else base_name(name), start, stop, columns)
 
 
 def open_weights(spec: RunSpec, table: Sequence[Parameter]) -> InitialWeights:

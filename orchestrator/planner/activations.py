@@ -17,7 +17,8 @@ FP32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Widths on one rank, `c` bytes to an element in the compute dtype. Tensor parallelism divides heads and MLP alone."""
+    """Widths on one rank, `c` bytes to an element in the compute dtype. Tensor parallelism divides heads, MLP and
+    vocabulary; what flows from block to block is whole on every rank."""
 
     hidden: int
     inner: int
@@ -36,7 +37,7 @@ def sizes(shape: ModelShape, compute: str, tp: int = 1) -> Sizes:
         query=shape.num_attention_heads * shape.head_dim // tp,
         key=shape.num_key_value_heads * shape.head_dim // tp,
         heads=max(1, shape.num_attention_heads // tp),
-        vocabulary=shape.vocab_size,
+        vocabulary=shape.vocab_size // tp,
         c=dtype_bytes(compute),
     )
 

@@ -22,11 +22,13 @@ class BlankWeights:
         self._widths = {p.name: math.prod(p.shape[1:]) for p in table}
         self._adapters = AdapterWeights(table, spec.seed)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened parameter."""
+    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter, or `columns` of its rows."""
         if ".lora_A." in name or ".lora_B." in name:
-            return self._adapters.read(name, start, stop)
+            return self._adapters.read(name, start, stop, columns)
         width = self._widths[name]
         first, last = start // width, -(-stop // width)
+        if columns is not None:
+            return torch.empty((last - first) * (columns[1] - columns[0]), dtype=self._dtype)
         rows = torch.empty((last - first) * width, dtype=self._dtype)
         return rows[start - first * width : stop - first * width]

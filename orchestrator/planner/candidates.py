@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from orchestrator.config import divisions
 from orchestrator.config.schema import FsdpConf, FsdpKind, ZeroConf
 from orchestrator.config.strategy import buckets, shard_size
 from orchestrator.planner.device import CPU
-from orchestrator.spec import ZERO_STAGES, Batch, Engine, Home, RunSpec, Shard, Strategy
+from orchestrator.spec import ZERO_STAGES, Batch, Engine, Home, RunSpec, Shard, Strategy, sizes_that_divide
 
 RECOMPUTE = ("none", "full")
+TENSOR_SIZES = (2, 4)
+"""The choices of the group `tensor`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,32 @@ def _fsdp(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
         yield f"fsdp={kind.name} offload=cpu", offloaded
 
 
+def _tensor(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
+    """Tensor parallelism inside a machine, alone and with what remains of the ranks sharded."""
+    ranks, shape, cards = spec.strategy.ranks, spec.model.shape, spec.cluster.cards_per_node
+    able = sizes_that_divide(shape) if shape is not None and shape.known else ()
+    if spec.tuning.quant or spec.loss.kind == "liger" or spec.optimizer.name not in divisions.OPTIMIZERS:
+        return
+    for size in TENSOR_SIZES:
+        if size not in able or ranks % size or cards % size:
+            continue
+        alone = Strategy(Engine.FSDP, Shard.PARAMETERS, dp_replicate=ranks // size, tp=size)
+        yield f"tensor={size}", alone
+        sharded = replace(alone, dp_replicate=1, dp_shard=ranks // size)
+        if ranks > size:
+            yield f"fsdp=full_shard tensor={size}", sharded
+        pinned = spec.cluster.card.name != CPU
+        offloaded = replace(sharded, optimizer_home=Home.CPU, parameter_home=Home.CPU, pin_memory=pinned)
+        yield f"fsdp=full_shard tensor={size} offload=cpu", offloaded
+
+
 def strategies(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
     """(what to type, strategy) for the ranks of `spec`; none that `compose` would refuse."""
     if spec.strategy.ranks == 1:
         yield "zero=none", Strategy(Engine.PLAIN, Shard.NONE)
     yield from _deepspeed(spec)
     yield from _fsdp(spec)
+    yield from _tensor(spec)
 
 
 def candidates(spec: RunSpec, recompute: tuple[str, ...] = RECOMPUTE) -> tuple[Candidate, ...]:

@@ -82,12 +82,16 @@ class DryRunError(OrchestratorError):
 class _Nothing(Weights):
     """Zeros: the values of weights do not change what they weigh, and drawing billions of them takes minutes."""
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return torch.zeros(1).expand(stop - start)
+    def __init__(self, table: tuple[Parameter, ...]) -> None:
+        self._widths = {parameter.name: parameter.shape[-1] for parameter in table}
+
+    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        count = stop - start if columns is None else (stop - start) // self._widths[name] * (columns[1] - columns[0])
+        return torch.zeros(1).expand(count)
 
 
 def _no_weights(spec: RunSpec, table: tuple[Parameter, ...]) -> Weights:
-    return _Nothing()
+    return _Nothing(table)
 
 
 class _Meter(Tracer):

@@ -56,7 +56,7 @@ def loss_peaks(spec: RunSpec, shape: ModelShape, table: Sequence[Parameter], cod
 
 def _whole(spec: RunSpec, shape: ModelShape, code: LossCode) -> LossPeaks:
     c = dtype_bytes(spec.precision.compute)
-    logits = spec.batch.micro * spec.data.seq_len * shape.vocab_size
+    logits = spec.batch.micro * spec.data.seq_len * (shape.vocab_size // spec.strategy.tp)
     # Rows beyond the first make the shifted logits a copy (flatten of a slice).
     low = (c if c < FP32 else 0) + (c if spec.batch.micro > 1 else 0) if code.half else 0
     return LossPeaks(

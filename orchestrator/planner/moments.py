@@ -14,7 +14,20 @@ from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner.activations import FP32, Activations, activations
 from orchestrator.planner.device import overhead
 from orchestrator.planner.losses import LossCode, loss_peaks
-from orchestrator.spec import NF4_DOUBLE, ROOT, Engine, Home, ModelShape, Parameter, RunSpec, Shard, stored
+from orchestrator.spec import (
+    NF4_DOUBLE,
+    ROOT,
+    Division,
+    Engine,
+    Home,
+    ModelShape,
+    Parameter,
+    RunSpec,
+    Shard,
+    divided_table,
+    division,
+    stored,
+)
 from orchestrator.spec.quant import BLOCK, RUN
 from orchestrator.units import ceil_div, dtype_bytes
 
@@ -152,11 +165,21 @@ def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
     if strategy.shard is not Shard.PARAMETERS or strategy.ranks == 1:
         return {}
-    largest_one = max((p.numel for p in table if p.trainable), default=0)
+    parts = divided_table(table, strategy.tp)
+    largest_one = max((p.numel for p in parts if p.trainable), default=0)
     if strategy.engine is Engine.DEEPSPEED:
         return {"gathered": largest_one * c}
     own = largest_one // strategy.dp_shard * FP32 if strategy.parameter_home is not Home.GPU else 0
-    return {"gathered": largest_one * (FP32 + (c if c < FP32 else 0)) + own}
+    joined = max((_joined(p, part) for p, part in zip(table, parts, strict=True) if p.trainable), default=0) * c
+    return {"gathered": max(largest_one * (FP32 + (c if c < FP32 else 0)) + own, joined)}
+
+
+def _joined(parameter: Parameter, part: Parameter) -> int:
+    """Elements alive while the `part` of each rank of a tensor-parallel group is made the whole parameter: the part, all parts,
+    and where they are columns their rearrangement (engine/tensor_parallel.py gather)."""
+    if part.numel == parameter.numel:
+        return 0
+    return part.numel + parameter.numel * (2 if division(parameter.name) is Division.COLUMNS else 1)
 
 
 def card_moments(
@@ -167,11 +190,12 @@ def card_moments(
     unpacked = _unpacked(spec, table)
     loading = _quantising(spec, table)
     table = stored(table, spec.precision.compute)
+    parts = divided_table(table, spec.strategy.tp)
     held: Activations = activations(spec, shape)
     peaks = loss_peaks(spec, shape, table, loss)
     rest = _resting(layout, "step", Home.GPU)
     backward = _moving(layout, "backward", Home.GPU)
-    gradients = _gradients(spec, table, backward)
+    gradients = _gradients(spec, parts, backward)
     lasting = {line: count for line, count in backward.items() if line not in ("gradients", "reduce_scatter")}
     workspace = {"workspace": overhead(spec.cluster, spec.strategy.ranks).workspace}
     forward = _moving(layout, "forward", Home.GPU)
@@ -192,7 +216,7 @@ def card_moments(
     at_norm = {"gradients": backward.get("gradients", 0)}
     one = {"activations": held.one_block} if spec.recompute == "none" else {}
     fsdp = spec.strategy.engine is Engine.FSDP
-    root, blocks = _gathering(spec, table)
+    root, blocks = _gathering(spec, parts)
     fetched = {"gathered": 2 * root + 2 * blocks} if fsdp else {}  # the first block is fetched ahead, and copied out too
     again = {"gathered": 2 * root} if freed else {}
     # However much the forward kept, the backward frees it block by block, and the root before its gradients are reduced.

@@ -117,7 +117,7 @@ def crossed(overrides: Sequence[str]) -> tuple[Candidate, ...]:
     stated = {override.partition("=")[0].lstrip("+") for override in overrides}
     for run in sweep(overrides):
         spec = compose(run, local=local_cluster, strict=False)
-        if stated & {"zero", "fsdp"}:
+        if stated & {"zero", "fsdp", "tensor"}:
             found.append(Candidate(typed(spec), spec))
             continue
         kinds = (spec.recompute,) if "recompute" in stated else RECOMPUTE

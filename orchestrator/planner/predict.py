@@ -16,7 +16,7 @@ from orchestrator.planner.moments import GPU, card_moments, host_lines, largest,
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Room
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
 from orchestrator.planner.roofline import COMPUTE, StepTime, step_time
-from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard
+from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard, divided_table
 from orchestrator.units import MIB, align_up
 
 LARGE_BLOCK = 2 * MIB
@@ -70,7 +70,7 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
 
     if spec.strategy.engine is Engine.FSDP:
         ranks, c = spec.strategy.dp_shard, 4
-        return sum(waste(p.numel // ranks * (c if p.trainable else 2)) for p in table)
+        return sum(waste(p.numel // ranks * (c if p.trainable else 2)) for p in divided_table(table, spec.strategy.tp))
     largest_flat = spec.strategy.buckets.sub_group * 4 if spec.strategy.buckets else 0
     wasted = 0
     for line, size in lines.items():
@@ -84,7 +84,8 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
 def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> Room:
     """Host memory of one rank: its process, what rests there, and the rounding of what is page-locked."""
     sharded = spec.strategy.dp_shard if spec.strategy.shard is not Shard.NONE else 1
-    saved = saved_bytes(spec.optimizer, [p for p in table if p.trainable]) // sharded  # gathered to be written
+    parts = divided_table(table, spec.strategy.tp)
+    saved = saved_bytes(spec.optimizer, [p for p in parts if p.trainable]) // sharded  # gathered to be written
     if not spec.checkpoint.background:
         saved = min(device.SAVED_AT_ONCE, saved)
     need = device.process_bytes(spec.cluster, spec.strategy.engine) + sum(lines.values()) + _pinned(spec, table, lines) + saved

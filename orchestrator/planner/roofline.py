@@ -14,7 +14,7 @@ from orchestrator.layout.moments import hidden_matrix
 from orchestrator.planner.activations import FP32, Sizes, sizes
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, rates
 from orchestrator.planner.traffic import Traffic, traffic
-from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec
+from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec, divided_table
 from orchestrator.units import dtype_bytes
 
 GIGA, TERA = 1e9, 1e12
@@ -151,7 +151,7 @@ def _orthogonalisation(spec: RunSpec, table: Sequence[Parameter]) -> float:
 
 
 def _update(spec: RunSpec, table: Sequence[Parameter], moved: Traffic) -> float:
-    trained = sum(p.numel for p in table if p.trainable)
+    trained = sum(p.numel for p in divided_table(table, spec.strategy.tp) if p.trainable)
     sharded = spec.strategy.dp_shard if spec.strategy.shard != "none" else 1
     each = UPDATE_BYTES[spec.optimizer.name]
     if moved.updated:
@@ -166,7 +166,7 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
 
     The backward costs twice the forward: once for the gradients of inputs, once for those of weights, which LoRA leaves
     out. Over NVLink collectives inside forward and backward hide behind the computing of the same pass; without
-    `overlap_comm` they do not, and offload traffic never does.
+    `overlap_comm` they do not, and those of tensor parallelism and offload traffic never do.
     """
     card = spec.cluster.card
     if card.name == CPU or not (card.half_tflops and card.memory_gb_per_s):
@@ -183,7 +183,9 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     forward, backward, again = forward + unpacking, backward + unpacking, again + (unpacking if again else 0.0)
     moved = traffic(spec, table)
     rate = link_rate(spec.cluster, spec.strategy.ranks)
+    near = link_rate(spec.cluster, spec.strategy.tp)
     sent = [count / rate if rate else 0.0 for count in (moved.forward, moved.backward, moved.boundary)]
+    sent.append(moved.tensor / near if near else 0.0)
     overlap = spec.strategy.buckets is None or spec.strategy.buckets.overlap_comm
     hides = 1.0 if rates(card).nvlink else PCIE_HIDES
     hidden = hides * (min(sent[0], forward) + min(sent[1], backward + again)) if overlap else 0.0

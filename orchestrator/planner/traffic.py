@@ -8,10 +8,21 @@ arXiv:2304.11277, section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.layout.moments import hidden_matrix
-from orchestrator.spec import Engine, Home, Parameter, RunSpec, Shard, stored
+from orchestrator.spec import (
+    Division,
+    Engine,
+    Home,
+    ModelShape,
+    Parameter,
+    RunSpec,
+    Shard,
+    divided_table,
+    division,
+    stored,
+)
 from orchestrator.units import dtype_bytes
 
 FP32 = 4
@@ -22,13 +33,15 @@ class Traffic:
     """Bytes for each rank and optimizer step.
 
     `forward` and `backward` are sent while blocks compute, `boundary` between the backward and the next forward, where
-    nothing computes. `fetched` and `returned` cross the link to the host, of an offload; `updated` are elements that
+    nothing computes; `tensor` stays inside a tensor-parallel group, whose next product waits for it. `fetched` and
+    `returned` cross the link to the host, of an offload; `updated` are elements that
     the CPU updates.
     """
 
     forward: int = 0
     backward: int = 0
     boundary: int = 0
+    tensor: int = 0
     fetched: int = 0
     returned: int = 0
     updated: int = 0
@@ -36,7 +49,7 @@ class Traffic:
     @property
     def sent(self) -> int:
         """Everything that goes from card to card."""
-        return self.forward + self.backward + self.boundary
+        return self.forward + self.backward + self.boundary + self.tensor
 
 
 def _ring(size: int, ranks: int) -> int:
@@ -67,12 +80,13 @@ def _deepspeed(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     fetched = back
     if strategy.parameter_home is not Home.GPU:
         fetched += 2 * micro * sharded // ranks * c
-    return Traffic(gather * micro, (gather + reduce) * micro, 0, fetched, back * micro, update)
+    return Traffic(gather * micro, (gather + reduce) * micro, fetched=fetched, returned=back * micro, updated=update)
 
 
 def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     strategy, c, micro = spec.strategy, dtype_bytes(spec.precision.compute), spec.batch.accumulation
     ranks, copies = strategy.dp_shard, strategy.dp_replicate
+    table = divided_table(table, strategy.tp)
     every = sum(p.numel for p in table)
     trained = sum(p.numel for p in table if p.trainable)
     gather, reduce = _ring(every * c, ranks), _ring(trained * FP32, ranks)
@@ -94,18 +108,23 @@ def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     )
 
 
+def _tensor(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> int:
+    """Bytes inside a tensor-parallel group: each block sums its hidden states twice in the forward and their gradients twice in
+    the backward, embedding and head once each (arXiv:1909.08053, section 3); recompute repeats the first of a block's two
+    sums, since nothing is kept behind the second. Once a step the partial gradients of what is whole on every rank."""
+    strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
+    tokens = spec.batch.micro * spec.batch.accumulation * spec.data.seq_len
+    sums = shape.num_hidden_layers * (4 + (spec.recompute != "none")) + 2
+    partial = sum(p.numel for p in table if p.trainable and division(p.name) is Division.SUMMED) // strategy.dp_shard
+    return 2 * _ring(sums * tokens * shape.hidden_size * c + partial * FP32, strategy.tp)
+
+
 def traffic(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
-    """What one rank sends in one optimizer step of `spec`. Tensor parallelism adds two all-reduces of the hidden state to
-    each block, in the forward and again in the backward (arXiv:1909.08053, section 3)."""
+    """What one rank sends in one optimizer step of `spec`."""
     table = stored(table, spec.precision.compute)
     if spec.strategy.engine is Engine.PLAIN:
-        base = Traffic()
-    else:
-        base = _deepspeed(spec, table) if spec.strategy.engine is Engine.DEEPSPEED else _fsdp(spec, table)
-    shape, tp = spec.model.shape, spec.strategy.tp
-    if tp == 1 or shape is None:
+        return Traffic()
+    base = _deepspeed(spec, table) if spec.strategy.engine is Engine.DEEPSPEED else _fsdp(spec, table)
+    if spec.strategy.tp == 1 or spec.model.shape is None:
         return base
-    tokens = spec.batch.micro * spec.batch.accumulation * spec.data.seq_len
-    hidden = 2 * _ring(tokens * shape.hidden_size * dtype_bytes(spec.precision.compute), tp)
-    once = 2 * hidden * shape.num_hidden_layers
-    return Traffic(base.forward + once, base.backward + once, base.boundary, base.fetched, base.returned, base.updated)
+    return replace(base, tensor=_tensor(spec, table, spec.model.shape))

@@ -2,6 +2,7 @@
 
 from orchestrator.spec.cluster import Card, Cluster
 from orchestrator.spec.codec import digest, from_json, to_json
+from orchestrator.spec.division import Division, divided, divided_table, division, sizes_that_divide, widths
 from orchestrator.spec.job import Kubernetes, Slurm
 from orchestrator.spec.model import (
     KNOWN_FAMILIES,
@@ -38,8 +39,9 @@ from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Shard
 
 __all__ = [
     "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card",
-    "Checkpoint", "Cluster", "Data", "Engine", "Evaluation", "Export", "Home", "Kubernetes", "Logging", "Loss", "Model",
-    "ModelShape", "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Slurm", "Source",
-    "Strategy", "Tuning", "block_of", "digest", "expand_targets", "from_json", "parameters", "quantised", "scale_elements",
-    "stored", "stored_shape", "to_json", "with_lora",
+    "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Home", "Kubernetes", "Logging", "Loss",
+    "Model", "ModelShape", "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Slurm",
+    "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table", "division", "expand_targets",
+    "from_json", "parameters", "quantised", "scale_elements", "sizes_that_divide", "stored", "stored_shape", "to_json",
+    "widths", "with_lora",
 ]  # fmt: skip

@@ -48,7 +48,8 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """One way to spread a run over ranks = dp_replicate × dp_shard × tp.
+    """One way to spread a run over ranks = dp_replicate × dp_shard × tp, `tp` turning fastest: rank r is number r % tp of its
+    tensor-parallel group, whose ranks see the same samples and each hold a part of every matrix (`spec/division.py`).
 
     `reshard_after_forward` is FSDP2's: False keeps the gathered weights from forward to backward. It is not ZeRO-2:
     the weights still rest sharded. `buckets` is set for DeepSpeed alone.
@@ -81,15 +82,19 @@ class Strategy:
 
     @property
     def label(self) -> str:
-        """Short name for folders, tables and pictures: "zero3-cpu", "fsdp-full_shard", "plain"."""
+        """Short name for folders, tables and pictures: "zero3-cpu", "fsdp-full_shard-tp2", "tp2", "plain"."""
         if self.engine is Engine.PLAIN:
             return "plain"
         if self.engine is Engine.DEEPSPEED:
             name = f"zero{self.stage}"
+        elif self.tp > 1 and self.dp_shard == 1:
+            name = ""
         elif self.dp_replicate > 1:
             name = "fsdp-hybrid_shard"
         else:
             name = "fsdp-full_shard" if self.reshard_after_forward else "fsdp-shard_grad_op"
+        if self.tp > 1:
+            name = f"{name}-tp{self.tp}".lstrip("-")
         if self.parameter_home is not Home.GPU:
             return f"{name}-{self.parameter_home}"
         return name if self.optimizer_home is Home.GPU else f"{name}-{self.optimizer_home}_optimizer"

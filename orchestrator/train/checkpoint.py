@@ -3,7 +3,7 @@
     step-000050/
         COMMITTED                     the SHA-256 of checkpoint.json: written last, by rank 0
         checkpoint.json               step, epoch, seed, ranks, digests, tuning, scalars; every file with size and SHA-256
-        rank-00000.json               where every piece of rank 0 lies: tensor, kind, start, length, file
+        rank-00000.json               where every piece of rank 0 lies: tensor, kind, start, length, columns, file
         rank-00000-0000.safetensors   the pieces, one-dimensional, under the key "name|kind|start"
         rank-00000.rng.safetensors    the random states of rank 0
 
@@ -80,6 +80,7 @@ class _PieceWriter:
         self._shapes[piece.name] = list(piece.shape)
         self._index.append(
             {"name": piece.name, "kind": piece.kind, "start": piece.start, "length": data.numel(), "file": self._file_name()}
+            | ({"columns": list(piece.columns)} if piece.columns is not None else {})
         )
         self._chunk_bytes += size
         self.bytes += size

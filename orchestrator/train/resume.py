@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,14 @@ COURSE = {
 
 @dataclass(frozen=True, slots=True)
 class _Place:
+    """A saved piece: elements [start, stop) of the flattened tensor, or `columns` of rows of `width` from `start` on, which
+    end before `stop`."""
+
     start: int
     stop: int
     file: str
     key: str
+    columns: tuple[int, int] | None = None
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -43,9 +48,8 @@ def _read_document(path: Path) -> dict[str, Any]:
         problem = f"{path} is not a checkpoint: its checkpoint.json cannot be read ({error})"
         raise CheckpointError(Fault("resume", problem, "name another checkpoint of the run")) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        problem = (
-            f"{path} has format {document.get('format') if isinstance(document, dict) else '?'}, this version reads {FORMAT}"
-        )
+        found = document.get("format") if isinstance(document, dict) else "?"
+        problem = f"{path} has format {found}, this version reads {FORMAT}"
         raise CheckpointError(Fault("resume", problem, "resume it with the version that wrote it"))
     return document
 
@@ -89,15 +93,37 @@ class Reader:
             raise self._broken(f"{name} cannot be read, and {self.ranks} ranks wrote it") from None
         self.shapes.update({tensor: tuple(shape) for tensor, shape in index["shapes"].items()})
         for piece in index["pieces"]:
-            start, key = piece["start"], key_of(piece["name"], piece["kind"], piece["start"])
-            place = _Place(start, start + piece["length"], piece["file"], key)
+            start, length, file = piece["start"], piece["length"], piece["file"]
+            key = key_of(piece["name"], piece["kind"], start)
+            place = _Place(start, start + length, file, key)
+            if "columns" in piece:
+                first, last = piece["columns"]
+                width = math.prod(self.shapes[piece["name"]][1:])
+                place = _Place(start, start - first + length // (last - first) * width, file, key, (first, last))
             self._places.setdefault((piece["name"], piece["kind"]), []).append(place)
 
     def _slice(self, place: _Place, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the saved piece itself."""
         if place.file not in self._files:
             self._files[place.file] = safe_open(self.path / place.file, framework="pt", device="cpu")
-        part: torch.Tensor = self._files[place.file].get_slice(place.key)[start - place.start : stop - place.start]
+        part: torch.Tensor = self._files[place.file].get_slice(place.key)[start:stop]
         return part
+
+    def _from_columns(self, name: str, places: Sequence[_Place], start: int, stop: int) -> torch.Tensor | None:
+        """Elements [start, stop) of a tensor that was saved by columns; None where some are in no piece."""
+        width = math.prod(self.shapes[name][1:])
+        above, below = start // width, -(-stop // width)
+        rows, found = torch.empty(below - above, width), 0
+        for place in places:
+            assert place.columns is not None, "a tensor is saved by columns on every rank or on none"
+            first, wide = place.columns[0], place.columns[1] - place.columns[0]
+            top = (place.start - first) // width
+            low, high = max(above, top), min(below, place.stop // width)
+            if low < high:
+                part = self._slice(place, (low - top) * wide, (high - top) * wide).view(-1, wide)
+                rows[low - above : high - above, slice(*place.columns)] = part
+                found += part.numel()
+        return rows.reshape(-1)[start - above * width : stop - above * width] if found == rows.numel() else None
 
     def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor `name` of `kind`, one-dimensional, on the CPU, as saved.
@@ -105,15 +131,21 @@ class Reader:
         Raises:
             CheckpointError: the checkpoint does not hold all of them.
         """
+        places = self._places.get((name, kind), [])
+        if places and places[0].columns is not None:
+            whole = self._from_columns(name, places, start, stop)
+            if whole is None:
+                raise self._broken(f"elements {start} to {stop} of {name} ({kind}) are not all in it")
+            return whole
         parts: list[torch.Tensor] = []
         position = start
-        for place in self._places.get((name, kind), ()):
+        for place in places:
             if place.stop <= position or position >= stop:
                 continue
             if place.start > position:
                 break
             end = min(stop, place.stop)
-            parts.append(self._slice(place, position, end))
+            parts.append(self._slice(place, position - place.start, end - place.start))
             position = end
         if position < stop:
             raise self._broken(f"elements {position} to {stop} of {name} ({kind}) are not in it")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import build_cluster, compose, require_strategy
-from orchestrator.config.schema import ClusterConf, FsdpConf, ZeroConf
+from orchestrator.config.schema import ClusterConf, FsdpConf, TensorConf, ZeroConf
 from orchestrator.config.strategy import default_shard_size
 from orchestrator.spec import Card, Cluster
 from orchestrator.units import GIB
@@ -195,8 +195,8 @@ def test_another_family_keeps_its_dimensions(tmp_path):
 
 
 def test_plain_is_for_one_process_unless_a_planner_chooses():
-    assert require_strategy(ZeroConf(), FsdpConf(), 1) == []
-    assert len(require_strategy(ZeroConf(), FsdpConf(), 2)) == 1
+    assert require_strategy(ZeroConf(), FsdpConf(), TensorConf(), 1) == []
+    assert len(require_strategy(ZeroConf(), FsdpConf(), TensorConf(), 2)) == 1
     assert compose([], ranks=2, strict=False).strategy.ranks == 2
 
 

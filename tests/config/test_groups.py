@@ -12,7 +12,14 @@ from orchestrator.config.catalog import CONF_DIR, groups, keys
 from orchestrator.errors import ConfigError
 from orchestrator.spec import Engine, Home, RunSpec, Shard, from_json, parameters, to_json
 
-CHOICES = [(group, choice.name) for group, choices in groups().items() if "/" not in group for choice in choices]
+REFUSED = {("pipeline", "2")}
+CHOICES = [
+    (group, choice.name)
+    for group, choices in groups().items()
+    if "/" not in group
+    for choice in choices
+    if (group, choice.name) not in REFUSED
+]
 
 STRATEGIES = [
     "zero=stage0",
@@ -23,6 +30,8 @@ STRATEGIES = [
         for kind in ("full_shard", "shard_grad_op", "hybrid_shard")
         for offload in ("none", "cpu")
     ),
+    "tensor=2",
+    "fsdp=full_shard tensor=2",
 ]
 
 PUBLISHED = {
@@ -53,6 +62,8 @@ def needs(group: str, choice: str, tmp_path: Path) -> list[str]:
         return ["zero=stage2"]
     if (group, choice) == ("optimizer", "paged_adamw_8bit"):
         return ["cluster=1xa10"]
+    if group == "tensor":
+        return ["cluster=4xa10", "model=llama3_8b", "fsdp=full_shard"]
     return []
 
 

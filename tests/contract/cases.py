@@ -17,6 +17,18 @@ SHAPE = s.ModelShape(
 )  # fmt: skip
 """Odd sizes on purpose: 257 and 48 do not divide evenly by 4 ranks, so every padding rule is exercised."""
 
+HALVES = replace(SHAPE, vocab_size=258)
+QUARTERS = replace(SHAPE, vocab_size=260, num_attention_heads=8, num_key_value_heads=4, head_dim=6)
+SHAPES: dict[str, s.ModelShape] = {
+    "halves": HALVES,
+    "quarters": QUARTERS,
+    "biased": replace(HALVES, attention_bias=True),
+    "qwen2": replace(HALVES, model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": replace(HALVES, model_type="qwen3"),
+    "gemma": replace(HALVES, model_type="gemma", tie_word_embeddings=True),
+}
+"""What tensor parallelism divides in two and in four: the parts of 258 rows are odd again; and the families."""
+
 GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
 CHUNK = 11
 """Labelled tokens that go through the head at once: a micro-batch is several chunks, and in the short step none or one. The
@@ -43,17 +55,36 @@ class Case:
     accumulation: int
     tied: bool = False
     optimizer: str = "adamw"
+    family: str = ""
+    loss: str = ""
 
     @property
     def name(self) -> str:
-        other = "" if self.optimizer == "adamw" else f"{self.optimizer}-"
-        return f"{self.strategy}-{self.tuning}-{other}{self.compute}-x{self.accumulation}{'-tied' if self.tied else ''}"
+        words = [self.strategy, self.tuning, "" if self.optimizer == "adamw" else self.optimizer, self.compute]
+        words += [f"x{self.accumulation}", "tied" if self.tied else "", self.family, f"{self.loss}_loss" if self.loss else ""]
+        return "-".join(word for word in words if word)
 
+    def shape(self, strategy: s.Strategy) -> s.ModelShape:
+        """The model of the case: that of its `family`, else one that `strategy` can divide."""
+        shape = SHAPES[self.family] if self.family else {1: SHAPE, 2: HALVES, 4: QUARTERS}[strategy.tp]
+        return replace(shape, tie_word_embeddings=self.tied or shape.tie_word_embeddings)
+
+
+FAMILIES = (("qwen2", "full"), ("qwen2", "lora"), ("qwen3", "full"), ("qwen3", "lora"), ("gemma", "full"), ("biased", "lora"))
+"""Biases, a tied head, norms inside attention, scaled embeddings: what tensor parallelism must treat each in its own way."""
 
 SHARDWISE = ("lion", "adamw_bf16", "adamw_8bit")
 """Optimizers that work on whatever part of the weights a rank holds; the others need whole matrices."""
 
 MATRICES = ("adafactor", "muon")
+
+
+def works(optimizer: str, strategy: str) -> bool:
+    """Whether `optimizer` works under the strategy of that name."""
+    if optimizer in MATRICES:
+        whole = not strategy.startswith("zero") and "tensor" not in strategy
+        return whole or (optimizer, strategy) == ("adafactor", "zero0")
+    return optimizer != "adamw_8bit" or "tensor" not in strategy
 
 
 def optimizer_cases(ranks: int) -> list[Case]:
@@ -63,14 +94,14 @@ def optimizer_cases(ranks: int) -> list[Case]:
     flat = [("lion", "zero2_optimizer"), ("adamw_bf16", "zero3"), ("adamw_8bit", "zero1"), ("adamw_8bit", "zero3_cpu")]
     cases = [Case(name, "full", "fp32", 1, optimizer=o) for o, name in flat]
     cases += [Case("full_shard", "full", "fp32", 1, optimizer=o) for o in ("adamw_8bit", *MATRICES)]
+    cases += [Case("tensor2", "full", "fp32", 1, optimizer=o) for o in ("lion", "adamw_bf16")]
     return cases + [Case("full_shard", "lora", "bf16", 4, optimizer=o) for o in ("adamw_8bit", "adafactor")]
 
 
 def every_optimizer_case(ranks: int) -> list[Case]:
     """Each optimizer but AdamW under each strategy that it works with, full and LoRA."""
     names = [name for name in strategies(ranks) if ranks < 4 or name in ("zero1", "zero3", "full_shard", "hybrid_shard")]
-    matrices = [name for name in names if not name.startswith("zero")]
-    pairs = [*itertools.product(SHARDWISE, names), *itertools.product(MATRICES, matrices), ("adafactor", "zero0")]
+    pairs = [(o, name) for o, name in itertools.product((*SHARDWISE, *MATRICES), names) if works(o, name)]
     product = itertools.product(pairs, (("full", "fp32", 1), ("lora", "bf16", 4 if ranks < 4 else 2)))
     return [Case(name, *rest, optimizer=o) for (o, name), rest in product]
 
@@ -85,36 +116,48 @@ def all_cases(ranks: int) -> list[Case]:
     if ranks == 2:
         half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
         whole = [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
-        packed = [Case(name, "nf4x2", "fp32", 1) for name in names]
+        packed = [Case(name, "nf4x2", "fp32", 1) for name, strategy in names.items() if strategy.tp == 1]
         packed += [
             Case(name, *rest)
             for name in ("zero2", "zero3", "full_shard")
             for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4))
         ]
+        families = [Case("tensor2", tuning, "fp32", 1, family=name) for name, tuning in FAMILIES]
+        families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
         halves = [Case(name, tuning, "fp16", 1) for name, tuning in half]
-        return whole + packed + halves + optimizer_cases(ranks)
+        return whole + families + packed + halves + optimizer_cases(ranks)
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
-    tied = ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard")
-    return plain + [Case(name, "full", "fp32", 1, tied=True) for name in tied] + optimizer_cases(ranks)
+    tied = ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard", "full_shard_tensor2", "tensor4")
+    return [
+        *plain,
+        *(Case(name, "full", "fp32", 1, tied=True) for name in tied),
+        *(Case("full_shard_tensor2", tuning, "bf16", 2) for tuning in ("full", "lora")),
+        Case("hybrid_shard", "full", "fp32", 1, family="halves"),
+        *optimizer_cases(ranks),
+    ]
 
 
 def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
     """The spec of a case; `strategy` plain gives its reference, which takes the whole global batch in one forward."""
     strategy = strategy or strategies(ranks)[case.strategy]
-    micro = GLOBAL_SIZE // (ranks * case.accumulation)
+    shape = case.shape(strategies(ranks)[case.strategy])
+    micro = GLOBAL_SIZE // (strategy.dp * case.accumulation)
     batch = s.Batch(GLOBAL_SIZE, micro, case.accumulation)
     if strategy.engine is s.Engine.PLAIN:
         batch = s.Batch(GLOBAL_SIZE, GLOBAL_SIZE, 1)
+    tuning = TUNINGS[case.tuning]
+    if case.family and tuning.kind == "lora":
+        tuning = replace(tuning, targets=("k_proj", "o_proj", "up_proj"))
     card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
     return s.RunSpec(
         run=s.Run(None, STEPS, 1), seed=SEED,
-        model=s.Model("small", None, False, replace(SHAPE, tie_word_embeddings=case.tied)),
-        tuning=TUNINGS[case.tuning], strategy=strategy, batch=batch,
+        model=s.Model("small", None, False, shape),
+        tuning=tuning, strategy=strategy, batch=batch,
         data=s.Data(None, 32), optimizer=s.Optimizer(case.optimizer, lr=2e-3, weight_decay=0.01, clip=0.5),
         schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
-        loss=s.Loss("plain") if strategy.engine is s.Engine.PLAIN else s.Loss("chunked", CHUNK),
+        loss=s.Loss("plain") if strategy.engine is s.Engine.PLAIN else s.Loss(case.loss or "chunked", CHUNK),
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from cases import (
     GLOBAL_SIZE,
-    MATRICES,
     QUANTISED,
     STEPS,
     Case,
@@ -28,6 +27,7 @@ from cases import (
     every_optimizer_case,
     labelled,
     run_spec,
+    works,
 )
 from strategies import strategies
 
@@ -37,6 +37,9 @@ from orchestrator import spec as s
 from orchestrator.layout import LOADED, STEPPED, check_census, lay_out
 
 CPU = torch.device("cpu")
+UNSTEADY = "k_proj.bias"
+"""Softmax hardly sees what is added to all keys alike: gradients near the rounding of sums, which Adam makes whole updates."""
+
 RESUMED = ("fp32", 1)
 """Cases of this precision and accumulation are also saved after two steps, loaded into a new engine, and continued."""
 
@@ -52,15 +55,16 @@ def prepare(spec: s.RunSpec) -> tuple[engines.Engine, Any]:
 def advance(engine: engines.Engine, spec: s.RunSpec, steps: range, rank: int, ranks: int, *, reduce: bool) -> list[list[float]]:
     """[loss, grad norm] of each step."""
     seen = []
+    tp = spec.strategy.tp
     for step in steps:
-        count, batches = labelled(step), deal(step, spec.batch, rank, ranks)
+        count, batches = labelled(step), deal(step, spec.batch, rank // tp, ranks // tp)
         total = torch.zeros(())
         for index, batch in enumerate(batches):
             total += engine.forward_backward(batch, count, last=index == len(batches) - 1)
         if reduce:
             dist.all_reduce(total)
         result = engine.step(spec.optimizer.lr)
-        seen.append([float(total) / count, result.grad_norm])
+        seen.append([float(total) / (count * tp), result.grad_norm])
     return seen
 
 
@@ -98,9 +102,13 @@ def run(case: Case, rank: int, ranks: int) -> dict[str, Any]:
 
 def move(case: Case, saved: tuple[Any, dict[str, float]], rank: int, ranks: int) -> list[list[float]]:
     """The same run continued under the next strategy of the list, from this one's state."""
-    names = [name for name in strategies(ranks) if case.optimizer not in MATRICES or not name.startswith("zero")]
-    other = replace(case, strategy=names[(names.index(case.strategy) + 1) % len(names)])
+    known = strategies(ranks)
+    shape = run_spec(case, ranks).model.shape
+    able = [name for name in known if known[name].tp == 1 or known[name].tp in s.sizes_that_divide(shape)]
+    able = [name for name in able if works(case.optimizer, name)]
+    other = replace(case, strategy=able[(able.index(case.strategy) + 1) % len(able)])
     spec = run_spec(other, ranks)
+    spec = replace(spec, model=replace(spec.model, shape=shape))
     engine, _ = prepare(spec)
     engine.load(saved[0], saved[1])
     steps = advance(engine, spec, range(2, STEPS), rank, ranks, reduce=True)
@@ -111,13 +119,17 @@ def move(case: Case, saved: tuple[Any, dict[str, float]], rank: int, ranks: int)
 def gather_state(engine: engines.Engine) -> tuple[Any, dict[str, float]]:
     """Every rank's owned pieces put together into whole tensors, as a checkpoint's reader would serve them."""
     pieces, scalars = engine.save()
-    own = [(p.name, p.kind, p.shape, p.start, p.data.clone()) for p in pieces if p.owned]
+    own = [(p.name, p.kind, p.shape, p.start, p.columns, p.data.clone()) for p in pieces if p.owned]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     whole: dict[tuple[str, str], torch.Tensor] = {}
-    for name, kind, shape, start, data in (piece for held in everyone for piece in held):
+    for name, kind, shape, start, columns, data in (piece for held in everyone for piece in held):
         target = whole.setdefault((name, kind), torch.full((torch.Size(shape).numel(),), float("nan")))
-        target[start : start + data.numel()] = data
+        if columns is None:
+            target[start : start + data.numel()] = data
+        else:
+            first, rows = start // shape[1], data.view(-1, columns[1] - columns[0])
+            target.view(shape)[first : first + len(rows), slice(*columns)] = rows
 
     def read(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
         return whole[name, kind][start:stop]
@@ -135,6 +147,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]
     apart = max(
         float((found["weights"][name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1e-12))
         for name, tensor in expected["weights"].items()
+        if not name.endswith(UNSTEADY)
     )
     result = {"loss": worst(0), "grad_norm": worst(1), "weights": apart}
     for key, name in (("resumed", "resume"), ("moved", "move")):
@@ -150,11 +163,11 @@ def main(output: Path, only: str, cases: Callable[[int], list[Case]]) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     assert GLOBAL_SIZE % ranks == 0
     results: dict[str, Any] = {}
-    references: dict[tuple[str, str, bool, str], dict[str, Any]] = {}
+    references: dict[tuple[str, str, s.ModelShape | None, str], dict[str, Any]] = {}
     for case in cases(ranks):
         if only not in case.name:
             continue
-        key = (case.tuning, case.compute, case.tied, case.optimizer)
+        key = (case.tuning, case.compute, run_spec(case, ranks).model.shape, case.optimizer)
         if rank == 0 and key not in references:
             references[key] = reference(case, ranks)
         try:

@@ -53,6 +53,10 @@ def test_any_slice_of_any_tensor(folder: Path) -> None:
         flat = tensor.detach().reshape(-1)
         for start, stop in ((0, flat.numel()), (5, flat.numel() - 7), (flat.numel() // 2, flat.numel() // 2 + 1)):
             assert torch.equal(weights.read(name, start, stop), flat[start:stop]), name
+        if tensor.dim() == 2:
+            width = tensor.shape[1]
+            some = weights.read(name, 2 * width, 7 * width, (3, width - 1))
+            assert torch.equal(some, tensor.detach()[2:7, 3 : width - 1].reshape(-1)), name
 
 
 def test_adapters_are_drawn_and_the_base_is_read(folder: Path) -> None:
@@ -65,6 +69,8 @@ def test_adapters_are_drawn_and_the_base_is_read(folder: Path) -> None:
     drawn = weights.read(f"{prefix}.lora_A.default.weight", 0, 4 * 48)
     assert 0 < drawn.abs().max() <= 48**-0.5
     assert torch.equal(drawn[10:20], weights_of(spec)[1].read(f"{prefix}.lora_A.default.weight", 10, 20))
+    columns = weights.read(f"{prefix}.lora_A.default.weight", 48, 3 * 48, (40, 48))
+    assert torch.equal(columns, drawn.view(4, 48)[1:3, 40:].reshape(-1))
     other = weights_of(replace(spec, seed=spec.seed + 1))[1]
     assert not torch.equal(drawn, other.read(f"{prefix}.lora_A.default.weight", 0, 4 * 48))
 

@@ -15,6 +15,10 @@ SHAPE = s.ModelShape(
 )  # fmt: skip
 """257 and 48 do not divide evenly by 4 ranks, so every padding rule has its share of the memory."""
 
+HALVES = replace(SHAPE, vocab_size=258)
+QUARTERS = replace(SHAPE, vocab_size=260, num_attention_heads=8, num_key_value_heads=4, head_dim=6)
+"""What tensor parallelism divides in two and in four."""
+
 
 CHUNK = 16
 """Tokens that go through the head at once: four chunks in a micro-batch."""
@@ -91,18 +95,24 @@ SAMPLE = [
     Case(2, "zero1", "full", "bf16", "none", 1, optimizer="adamw_bf16"),
     Case(2, "full_shard", "full", "bf16", "none", 1, optimizer="adafactor"),
     Case(2, "full_shard", "full", "bf16", "none", 1, optimizer="muon"),
+    Case(2, "tensor2", "full", "bf16", "none", 1),
+    Case(2, "tensor2", "lora", "bf16", "full", 1),
+    Case(4, "full_shard_tensor2", "full", "bf16", "none", 2),
+    Case(4, "full_shard_tensor2", "lora", "bf16", "full", 1),
 ]
 """What continuous integration checks; each is also in `all_cases`."""
 
 
-def run_spec(case: Case, shape: s.ModelShape = SHAPE) -> s.RunSpec:
-    """The spec of a case: two samples a rank and micro-batch, 32 tokens each."""
+def run_spec(case: Case, shape: s.ModelShape | None = None) -> s.RunSpec:
+    """The spec of a case: two samples a rank and micro-batch, 32 tokens each; without a `shape` one that can be divided."""
+    strategy = strategies(case.ranks)[case.strategy]
+    shape = shape or {1: SHAPE, 2: HALVES, 4: QUARTERS}[strategy.tp]
     micro = 2
     card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
     return s.RunSpec(
         run=s.Run(None, 2, 1), seed=7, model=s.Model("small", None, False, shape),
-        tuning=TUNINGS[case.tuning], strategy=strategies(case.ranks)[case.strategy],
-        batch=s.Batch(micro * case.ranks * case.accumulation, micro, case.accumulation), data=s.Data(None, 32),
+        tuning=TUNINGS[case.tuning], strategy=strategy,
+        batch=s.Batch(micro * strategy.dp * case.accumulation, micro, case.accumulation), data=s.Data(None, 32),
         optimizer=s.Optimizer(case.optimizer, lr=1e-3), schedule=s.Schedule("constant", 0), recompute=case.recompute,
         precision=s.Precision(case.compute), cluster=s.Cluster("local", 1, case.ranks, card),
         checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0), export=s.Export("hf", False),

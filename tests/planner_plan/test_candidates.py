@@ -39,7 +39,10 @@ def test_four_cards_have_all_strategies():
         "zero=stage3 offload=cpu recompute=full",
         "fsdp=hybrid_shard",
         "fsdp=full_shard offload=cpu",
+        "tensor=4",
+        "fsdp=full_shard tensor=2 recompute=full",
     } <= words
+    assert not any("tensor=4 " in word for word in {c.words for c in candidates(compose(["cluster=4xa10"], strict=False))})
     assert "zero=none" not in words
 
 
@@ -49,4 +52,4 @@ def test_a_global_batch_that_ranks_do_not_divide_has_no_candidate():
     from orchestrator.spec import Batch
 
     spec = compose(["cluster=4xa10"], strict=False)
-    assert candidates(replace(spec, batch=Batch(6, 1, 1))) == ()
+    assert candidates(replace(spec, batch=Batch(7, 1, 1))) == ()

@@ -76,7 +76,7 @@ def test_what_does_not_fit_says_what_is_missing_and_what_would_help():
 def _onto(strategy: str, fix: Fix) -> list[str]:
     """The overrides of a fix, beside the strategy where it does not name one."""
     words = fix.words.split()
-    return words if {"zero", "fsdp"} & {word.partition("=")[0] for word in words} else [strategy, *words]
+    return words if {"zero", "fsdp", "tensor"} & {word.partition("=")[0] for word in words} else [strategy, *words]
 
 
 def test_fixes_that_change_the_result_come_last():

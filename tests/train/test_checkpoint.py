@@ -41,6 +41,30 @@ def test_any_slice_of_what_was_saved_is_read_back(tmp_path, world):
     assert reader.read("a.weight", "exp_avg", 2, 4).dtype == torch.bfloat16
 
 
+def test_columns_are_put_together_again(tmp_path, world):
+    """As two ranks of a tensor-parallel group and two of its shard axis save a matrix of five rows and six columns."""
+    whole = torch.arange(30.0).view(5, 6)
+    parts = [
+        Piece(
+            "w", "weight", (5, 6), top * 6 + first, whole[top:bottom, first : first + 3].reshape(-1), True, (first, first + 3)
+        )
+        for first in (0, 3)
+        for top, bottom in ((0, 3), (3, 5))
+    ]
+    path, _ = checkpoint.save(tmp_path, MOMENT, iter(parts), {}, world, keep=1, expected_bytes=0)
+    reader = Reader(path)
+    for start in range(30):
+        for stop in range(start, 31):
+            assert reader.read("w", "weight", start, stop).tolist() == list(map(float, range(start, stop)))
+    index = json.loads((path / "rank-00000.json").read_text())
+    index["pieces"] = index["pieces"][1:]
+    (path / "rank-00000.json").write_text(json.dumps(index))
+    torn = Reader(path)
+    assert torn.read("w", "weight", 18, 30).tolist() == list(map(float, range(18, 30)))
+    with pytest.raises(CheckpointError, match=r"elements 6 to 24 of w \(weight\) are not all in it"):
+        torn.read("w", "weight", 6, 24)
+
+
 def test_pieces_are_split_over_files(tmp_path, world, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 30)
     path, _ = save(tmp_path, world)
