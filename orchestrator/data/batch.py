@@ -32,7 +32,7 @@ class StepBatch:
     """One optimizer step of one rank: `accumulation` micro-batches.
 
     `labelled` counts the learned tokens of the *global* batch, over all ranks and micro-batches; `tokens` counts all its
-    tokens without padding. Both are equal on every rank, without communication.
+    tokens without padding, `positions` with it. All are equal on every rank, without communication.
     """
 
     step: int
@@ -40,3 +40,4 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     labelled: int
     tokens: int
+    positions: int

@@ -64,7 +64,8 @@ def steps(
                 raise _nothing_to_learn(step, rows, chosen)
             groups = deal(chosen, rows.lengths, micro=batch.micro, rank=rank, ranks=ranks, micro_batches=batch.accumulation)
             micro_batches = tuple(collate(prepared, rows, group, batch.micro, pad_id) for group in groups)
-            yield StepBatch(step, epoch, micro_batches, labelled, int(rows.lengths[chosen].sum()))
+            positions = batch.micro * _widths(rows.lengths[chosen], batch.micro, ranks * batch.accumulation)
+            yield StepBatch(step, epoch, micro_batches, labelled, int(rows.lengths[chosen].sum()), positions)
 
     return _ahead(made(), PREFETCHED_STEPS)
 
@@ -79,6 +80,12 @@ def eval_batches(prepared: Prepared, micro: int, rank: int, ranks: int, pad_id: 
     count = ceil_div(ceil_div(len(rows), micro), ranks)
     for group in deal(np.arange(len(rows)), rows.lengths, micro=micro, rank=rank, ranks=ranks, micro_batches=count):
         yield collate(prepared, rows, group, micro, pad_id)
+
+
+def _widths(lengths: Counts, micro: int, groups: int) -> int:
+    """The widths of all micro-batches of all ranks together, as `deal` makes them and `collate` pads them."""
+    longest = np.sort(lengths)[::-1][::micro]
+    return int(longest.sum()) + (groups - len(longest)) * FILLER_LENGTH
 
 
 def collate(prepared: Prepared, rows: Rows, chosen: Counts, micro: int, pad_id: int) -> MicroBatch:

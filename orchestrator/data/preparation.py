@@ -37,7 +37,7 @@ SNIFFED_ROWS = 32
 """Rows whose columns decide the format under data.format=auto."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 19
-"""A chunk of rows ends when it has this many, or lines of this many bytes."""
+"""A chunk of rows ends when it has this many, or when they take up about this many bytes of their file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class _Preparation:
             self.tallies[number] = Tally(part.name, kind, part.place_word)
             rows = part.rows()
             try:
-                while chunk := _take(rows, left[part.source]):
+                while chunk := _take(rows, left[part.source], part.size):
                     if (rest := left[part.source]) is not None:
                         left[part.source] = rest - len(chunk)
                     yield Chunk(number, kind, chunk, chunk[-1].share)
@@ -189,14 +189,12 @@ class _Preparation:
                 self.faults += error.faults
 
 
-def _take(rows: Iterator[Record], most: int | None) -> list[Record]:
-    """The next rows, enough for a chunk; none at the end."""
+def _take(rows: Iterator[Record], most: int | None, size: int) -> list[Record]:
+    """The next rows of a part of `size` bytes, enough for a chunk; none at the end."""
     chunk: list[Record] = []
-    size = 0
     for row in islice(rows, CHUNK_ROWS if most is None else min(CHUNK_ROWS, most)):
         chunk.append(row)
-        size += len(row.line or b"")
-        if size >= CHUNK_BYTES:
+        if (row.share - chunk[0].share) * size >= CHUNK_BYTES:
             break
     return chunk
 

@@ -51,6 +51,26 @@ class Record:
         return statistics.median(rates[1:] or rates) if rates else None
 
     @property
+    def waiting(self) -> float | None:
+        """The share of the time of the steps after the first in which rank 0 waited for its data."""
+        later = self.lines[1:]
+        seconds = sum(line["step_seconds"] for line in later)
+        return sum(line.get("data_wait_seconds", 0.0) for line in later) / seconds if seconds else None
+
+    @property
+    def labelled_per_second(self) -> float | None:
+        """Learned tokens a second over the steps after the first, or over the first where there is no other."""
+        lines = self.lines[1:] or self.lines
+        seconds = sum(line["step_seconds"] for line in lines)
+        return sum(line.get("labelled_tokens", 0) for line in lines) / seconds if seconds else None
+
+    @property
+    def padding(self) -> float | None:
+        """The share of all computed positions that were padding."""
+        positions = sum(line.get("padded_tokens", 0) for line in self.lines)
+        return 1 - sum(line["tokens"] for line in self.lines) / positions if positions else None
+
+    @property
     def seconds(self) -> float:
         """Time spent in optimizer steps."""
         return float(sum(line["step_seconds"] for line in self.lines))

@@ -151,7 +151,12 @@ def summary(record: Record) -> RenderableType:
         (first, before), (last, after) = record.eval_losses[0], record.eval_losses[-1]
         table.add_row("eval loss", f"{before:.4f} (step {first}) -> {after:.4f} (step {last})")
     if record.tokens_per_second is not None:
-        table.add_row("tokens/s, median", format_count(round(record.tokens_per_second)))
+        padding = f", {record.padding:.1%} padding beside them" if record.padding is not None else ""
+        table.add_row("tokens/s, median", f"{format_count(round(record.tokens_per_second))}{padding}")
+    if record.labelled_per_second:
+        table.add_row("learned tokens/s", format_count(round(record.labelled_per_second)))
+    if record.waiting is not None:
+        table.add_row("waiting for data", f"{record.waiting:.2%} of the time of a step")
     return Group(_title(f"Run {record.path}"), table)
 
 

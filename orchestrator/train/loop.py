@@ -144,7 +144,7 @@ class Loop:
         finite = result.finite and math.isfinite(loss)
         return {
             "step": number, "epoch": batch.epoch, "loss": loss, "lr": rate, "grad_norm": result.grad_norm,
-            "tokens": batch.tokens, "labelled_tokens": batch.labelled, "finite": finite,
+            "tokens": batch.tokens, "labelled_tokens": batch.labelled, "padded_tokens": batch.positions, "finite": finite,
         }, asked > 0  # fmt: skip
 
     def _note(self, line: dict[str, Any], step: int) -> None:

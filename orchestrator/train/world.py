@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -17,9 +18,14 @@ from orchestrator.train.launcher import PeerFailure, ranks_from_environment
 
 T = TypeVar("T")
 
+POLL = timedelta(seconds=10)
+_TURNS = itertools.count()
+"""Numbers the waits for rank 0; every rank of a run comes to the same ones in the same order."""
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 CONTROL_TIMEOUT = timedelta(hours=4)
-"""Ranks wait this long for rank 0 to tokenise, to save or to export; a peer that dies is noticed at once all the same."""
+"""Ranks wait this long for each other to save or to export; a peer that dies is noticed at once all the same. For what rank
+0 does alone (tokenising, say) they wait without limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,7 @@ class World:
                 failure, outcome = error, ("refused", (type(error), error.faults))
             except Exception as error:
                 failure, outcome = error, ("failed", f"{type(error).__name__}: {error}")
+        self._await_first()
         kind, value = self.tell(outcome)
         if failure is not None:
             raise failure
@@ -82,6 +89,23 @@ class World:
         if kind == "failed":
             raise PeerFailure(f"rank 0 failed: {value}")
         return value
+
+    def _await_first(self) -> None:
+        """Wait until rank 0 comes here, for as long as it takes: no collective with a time limit is open meanwhile.
+
+        The store lives with rank 0 or its launcher: where they die, the wait ends with a DistNetworkError.
+        """
+        if self.size == 1:
+            return None
+        store, key = dist.distributed_c10d._get_default_store(), f"orchestrator/first/{next(_TURNS)}"
+        if self.first:
+            store.set(key, "")
+            return None
+        while True:
+            try:
+                return store.wait([key], POLL)
+            except dist.DistStoreError:  # not yet
+                continue
 
     def agree(self, failure: str | None) -> list[str]:
         """The failures of all ranks, prefixed with their rank, on every rank; empty when every rank gave None."""
