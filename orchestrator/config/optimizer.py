@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.config.schema import OptimizerConf, OptimizerName, RootConf, TuningKind, ZeroConf
 from orchestrator.errors import Fault
-from orchestrator.spec import Cluster, Optimizer
+from orchestrator.spec import Cluster, Engine, Home, Optimizer, Strategy
 
 LION_SHARE = 0.2
 """Lion's learning rate as a share of AdamW's: its updates are signs, so larger (arXiv:2302.06675, section 5: 3 to 10 times
@@ -40,6 +40,14 @@ def build_optimizer(conf: RootConf, tiny: bool) -> Optimizer:
         forgetting=own.forgetting,
         update_clip=own.update_clip,
     )
+
+
+def suits(name: str, strategy: Strategy) -> bool:
+    """Whether the optimizer `name` is right under `strategy`, as `optimizer_faults` sees it."""
+    choice = OptimizerName[name]
+    if strategy.engine is Engine.DEEPSPEED and strategy.stage in FLAT.get(choice, ((), ""))[0]:
+        return False
+    return choice is not OptimizerName.paged_adamw_8bit or strategy.optimizer_home is Home.GPU
 
 
 def optimizer_faults(name: OptimizerName, zero: ZeroConf, offloaded: bool, cluster: Cluster) -> list[Fault]:

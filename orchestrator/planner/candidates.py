@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from orchestrator.config import divisions
+from orchestrator.config.optimizer import suits
 from orchestrator.config.schema import FsdpConf, FsdpKind, ZeroConf
 from orchestrator.config.strategy import buckets, shard_size
 from orchestrator.planner.device import CPU
@@ -85,13 +86,17 @@ def _tensor(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
         yield f"fsdp=full_shard tensor={size} offload=cpu", offloaded
 
 
-def strategies(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
-    """(what to type, strategy) for the ranks of `spec`; none that `compose` would refuse."""
+def _every(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
     if spec.strategy.ranks == 1:
         yield "zero=none", Strategy(Engine.PLAIN, Shard.NONE)
     yield from _deepspeed(spec)
     yield from _fsdp(spec)
     yield from _tensor(spec)
+
+
+def strategies(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
+    """(what to type, strategy) for the ranks of `spec`; none that `compose` would refuse."""
+    return ((words, strategy) for words, strategy in _every(spec) if suits(spec.optimizer.name, strategy))
 
 
 def candidates(spec: RunSpec, recompute: tuple[str, ...] = RECOMPUTE) -> tuple[Candidate, ...]:

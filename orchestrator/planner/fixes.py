@@ -44,6 +44,16 @@ def both(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
             yield f"{words} {smaller}", other
 
 
+def fewer_bits(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """AdamW's states in 8 bits, under every strategy; the result changes by rounding."""
+    if spec.optimizer.name != "adamw":
+        return
+    smaller = replace(spec, optimizer=replace(spec.optimizer, name="adamw_8bit"))
+    yield "optimizer=adamw_8bit", smaller
+    for words, other in (*other_strategies(smaller), *both(smaller)):
+        yield f"optimizer=adamw_8bit {words}", other
+
+
 def shorter_samples(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     """Half the length and less; what is learned changes."""
     length = spec.data.seq_len // 2
@@ -105,6 +115,7 @@ def fixes(spec: RunSpec, plan: Plan) -> tuple[Fix, ...]:
     kept = _one_of_each(_cheapest(_tried(spec, plan, other_strategies(spec), table) + largest_batch))
     kept = kept or _one_of_each(_cheapest(_tried(spec, plan, both(spec), table)))
     if len(kept) < MOST:
+        kept += _one_of_each(_cheapest(_tried(spec, plan, fewer_bits(spec), table)))
         kept += _tried(spec, plan, shorter_samples(spec), table)[:1]
         kept += _one_of_each(_cheapest(_tried(spec, plan, adapters(spec), table)))
     return tuple(kept[:MOST])
