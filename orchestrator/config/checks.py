@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, TuningConf, TuningKind, ZeroConf
+from orchestrator.config.schema import FsdpConf, FsdpKind, GradientDtype, OffloadConf, TuningConf, TuningKind, ZeroConf
 from orchestrator.errors import Fault
 from orchestrator.spec import KNOWN_FAMILIES, LINEARS, NF4, Cluster, ModelShape, parameters, quantised
 from orchestrator.spec.quant import BLOCK
@@ -94,6 +94,10 @@ def precision_faults(compute: str, zero: ZeroConf, cluster: Cluster) -> list[Fau
     if compute == "fp16" and zero.stage == 0:
         problem = "precision=fp16 with zero=stage0: DeepSpeed's fp16 optimizer without sharding does not clip gradients"
         faults.append(Fault("precision", problem, "use zero=stage1, or another precision"))
+    if zero.gradients is GradientDtype.fp32 and zero.stage in (0, 1) and compute != "fp32":
+        problem = f"zero.gradients=fp32 with zero=stage{zero.stage}: DeepSpeed adds up in {compute} there"
+        remedy = "use zero=stage2 or stage3, or fsdp=full_shard, which always adds up in fp32"
+        faults.append(Fault("zero.gradients", problem, remedy))
     return faults
 
 

@@ -176,6 +176,8 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
 def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Model) -> spec.RunSpec:
     """The frozen spec of a config without faults."""
     strategy = build_strategy(conf, ranks, cluster, model.shape)
+    if strategy.gradients == choose_precision(conf.precision.compute, cluster.card):
+        strategy = replace(strategy, gradients=None)
     share = conf.batch.global_size // strategy.dp
     micro = choose_micro(conf.batch.micro, share, _tiny(model))
     return spec.RunSpec(

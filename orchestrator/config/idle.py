@@ -24,7 +24,7 @@ NEEDS: tuple[Need, ...] = (
     ),
     (
         ("zero.reduce_bucket", "zero.allgather_bucket", "zero.prefetch_bucket", "zero.persistence_threshold",
-         "zero.max_live_parameters", "zero.max_reuse_distance", "zero.sub_group_size", "zero.overlap_comm"),
+         "zero.max_live_parameters", "zero.max_reuse_distance", "zero.sub_group_size", "zero.overlap_comm", "zero.gradients"),
         lambda conf: conf.zero.stage is not None,
         "zero=none runs no DeepSpeed",
         "add zero=stage3, or another stage",

@@ -29,6 +29,11 @@ class FsdpKind(Enum):
     hybrid_shard = "hybrid_shard"
 
 
+class GradientDtype(Enum):
+    compute = "compute"
+    fp32 = "fp32"
+
+
 class TuningKind(Enum):
     full = "full"
     lora = "lora"
@@ -145,6 +150,7 @@ class ZeroConf:
     max_live_parameters: int = key(1_000_000_000, "gathered weights allowed on a card at once, stage 3", "elements")
     max_reuse_distance: int = key(1_000_000_000, "weights used again within this distance stay gathered, stage 3", "elements")
     sub_group_size: int = key(1_000_000_000, "weights updated at once, stage 3", "elements")
+    gradients: GradientDtype = key(GradientDtype.compute, "format in which micro-batches are added up, stages 2 and 3")
     overlap_comm: bool = key(True, "reduce gradients while backward runs; a second bucket of memory")
 
 

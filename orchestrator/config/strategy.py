@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, RootConf, TensorConf, ZeroConf
+from orchestrator.config.schema import FsdpConf, FsdpKind, GradientDtype, OffloadConf, RootConf, TensorConf, ZeroConf
 from orchestrator.errors import Fault
 from orchestrator.spec import ZERO_STAGES, Buckets, Cluster, Engine, Home, ModelShape, Shard, Strategy, parameters
 
@@ -69,6 +69,7 @@ def build_strategy(conf: RootConf, ranks: int, cluster: Cluster, shape: ModelSha
             parameter_home=parameter_home,
             pin_memory=pin,
             buckets=buckets(conf.zero, shape),
+            gradients=None if conf.zero.gradients is GradientDtype.compute else conf.zero.gradients.value,
         )
     if conf.fsdp.kind is not FsdpKind.none or conf.tensor.size > 1:
         group = shard_size(conf.fsdp, ranks, cluster, conf.tensor.size)

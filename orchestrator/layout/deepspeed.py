@@ -48,7 +48,9 @@ def rows(
     if strategy.shard is Shard.NONE:
         return _stage0_rows(trainable, frozen, line, compute) + moments
     at_rest = _stage12_rows(strategy, trainable, frozen, line, compute) + moments
-    if strategy.shard is Shard.GRADIENTS and strategy.optimizer_home is not Home.GPU and accumulation > 1:
+    # With `gradients` set it adds up in the fp32 gradient of its partition instead.
+    adds_whole = strategy.shard is Shard.GRADIENTS and strategy.gradients is None
+    if adds_whole and strategy.optimizer_home is not Home.GPU and accumulation > 1:
         whole = _touched(trainable, strategy.dp_shard, rank)
         at_rest += (Row("gradients", compute, strategy.optimizer_home, whole, strategy.dp_shard, since=STEPPED),)
     return at_rest
@@ -144,7 +146,7 @@ def _stage3_rows(
         Row(line, compute, parameter_home, own, ranks, padding),
         Row("persistent", compute, Home.GPU, kept_whole, since=STEPPED),
         Row("master", MASTER, optimizer_home, own, ranks, padding),
-        Row("gradients", compute, optimizer_home, own, ranks, padding),  # grad_partitions_flat_buffer
+        Row("gradients", strategy.gradients or compute, optimizer_home, own, ranks, padding),  # grad_partitions_flat_buffer
         Row("bucket", compute, Home.GPU, buckets.reduce),  # IPGBucketZ3.buffer
     ]
     if optimizer_home is not Home.GPU:
@@ -175,7 +177,8 @@ def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tup
     offloaded = strategy.optimizer_home is not Home.GPU
     moving = [Buffer("bucket", Home.GPU, bucket, backward, "stage_1_and_2.py setup_buckets")]
     if not offloaded:
-        moving.append(Buffer("gradients", Home.GPU, held * size, (*backward, *step), "stage_1_and_2.py averaged_gradients"))
+        held *= dtype_bytes(strategy.gradients or compute)
+        moving.append(Buffer("gradients", Home.GPU, held, (*backward, *step), "stage_1_and_2.py averaged_gradients"))
         moving.append(Buffer("gradients", Home.GPU, part * 4, step, "stage_1_and_2.py single_grad_partition"))
     return tuple(moving)
 
@@ -221,7 +224,7 @@ def lower(spec: RunSpec) -> dict[str, Any]:
             "hysteresis": 2,
             "min_loss_scale": 1,
         },
-        "data_types": {"grad_accum_dtype": compute},
+        "data_types": {"grad_accum_dtype": strategy.gradients or compute},
         "communication_data_type": compute,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -241,6 +244,8 @@ def read_back(lowered: Mapping[str, Any]) -> tuple[Strategy, Batch, str, float]:
     batch = Batch(
         lowered["train_batch_size"], lowered["train_micro_batch_size_per_gpu"], lowered["gradient_accumulation_steps"]
     )
+    compute = next((name for name in ("bf16", "fp16") if lowered[name]["enabled"]), "fp32")
+    gradients = lowered["data_types"]["grad_accum_dtype"]
     strategy = Strategy(
         engine=Engine.DEEPSPEED,
         shard=ZERO_STAGES[zero["stage"]],
@@ -258,6 +263,6 @@ def read_back(lowered: Mapping[str, Any]) -> tuple[Strategy, Batch, str, float]:
             sub_group=zero["sub_group_size"],
             overlap_comm=zero["overlap_comm"],
         ),
+        gradients=None if gradients == compute else gradients,
     )
-    compute = next((name for name in ("bf16", "fp16") if lowered[name]["enabled"]), "fp32")
     return strategy, batch, compute, lowered["gradient_clipping"]

@@ -52,7 +52,8 @@ class Strategy:
     tensor-parallel group, whose ranks see the same samples and each hold a part of every matrix (`spec/division.py`).
 
     `reshard_after_forward` is FSDP2's: False keeps the gathered weights from forward to backward. It is not ZeRO-2:
-    the weights still rest sharded. `buckets` is set for DeepSpeed alone.
+    the weights still rest sharded. `buckets` is set for DeepSpeed alone. `gradients` is the dtype in which ZeRO-2 and 3 add
+    up micro-batches; None: the compute dtype. FSDP2 and the plain engine add up in fp32.
     """
 
     engine: Engine
@@ -65,6 +66,7 @@ class Strategy:
     pin_memory: bool = False
     reshard_after_forward: bool = True
     buckets: Buckets | None = field(default=None)
+    gradients: str | None = None
 
     @property
     def dp(self) -> int:

@@ -117,6 +117,8 @@ REFUSALS = [
     ("optimizer.update_clip=2 optimizer=lion", 1, ["only Adafactor", "optimizer=adafactor"]),
     ("optimizer=adafactor optimizer.betas=[0.9,0.99]", 1, ["Adafactor has no betas", "optimizer.forgetting"]),
     ("optimizer=lion optimizer.eps=1e-6", 1, ["optimizer.eps", "divide by nothing"]),
+    ("zero=stage1 zero.gradients=fp32 precision=bf16", 2, ["DeepSpeed adds up in bf16 there", "zero=stage2 or stage3"]),
+    ("zero.gradients=fp32", 1, ["zero.gradients", "zero=none runs no DeepSpeed"]),
     # data and resume
     ("data=local", 1, ["data=local needs a file", "data.path=FILE"]),
     ("data.path=/nowhere.json", 1, ["no file /nowhere.json", ".jsonl"]),

@@ -57,11 +57,13 @@ class Case:
     optimizer: str = "adamw"
     family: str = ""
     loss: str = ""
+    gradients: str | None = None
 
     @property
     def name(self) -> str:
-        words = [self.strategy, self.tuning, "" if self.optimizer == "adamw" else self.optimizer, self.compute]
-        words += [f"x{self.accumulation}", "tied" if self.tied else "", self.family, f"{self.loss}_loss" if self.loss else ""]
+        words = [self.strategy, self.tuning, "" if self.optimizer == "adamw" else self.optimizer]
+        words += [f"{self.gradients}_gradients" if self.gradients else "", self.compute, f"x{self.accumulation}"]
+        words += ["tied" if self.tied else "", self.family, f"{self.loss}_loss" if self.loss else ""]
         return "-".join(word for word in words if word)
 
     def shape(self, strategy: s.Strategy) -> s.ModelShape:
@@ -95,7 +97,8 @@ def optimizer_cases(ranks: int) -> list[Case]:
     cases = [Case(name, "full", "fp32", 1, optimizer=o) for o, name in flat]
     cases += [Case("full_shard", "full", "fp32", 1, optimizer=o) for o in ("adamw_8bit", *MATRICES)]
     cases += [Case("tensor2", "full", "fp32", 1, optimizer=o) for o in ("lion", "adamw_bf16")]
-    return cases + [Case("full_shard", "lora", "bf16", 4, optimizer=o) for o in ("adamw_8bit", "adafactor")]
+    cases += [Case("full_shard", "lora", "bf16", 4, optimizer=o) for o in ("adamw_8bit", "adafactor")]
+    return cases + [Case(name, "full", "bf16", 4, gradients="fp32") for name in ("zero2", "zero3", "zero2_optimizer")]
 
 
 def every_optimizer_case(ranks: int) -> list[Case]:
@@ -139,7 +142,7 @@ def all_cases(ranks: int) -> list[Case]:
 
 def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
     """The spec of a case; `strategy` plain gives its reference, which takes the whole global batch in one forward."""
-    strategy = strategy or strategies(ranks)[case.strategy]
+    strategy = strategy or replace(strategies(ranks)[case.strategy], gradients=case.gradients)
     shape = case.shape(strategies(ranks)[case.strategy])
     micro = GLOBAL_SIZE // (strategy.dp * case.accumulation)
     batch = s.Batch(GLOBAL_SIZE, micro, case.accumulation)
