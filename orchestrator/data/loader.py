@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from orchestrator.data.batch import IGNORED, MicroBatch, StepBatch
-from orchestrator.data.order import check_batch, deal, drawn, epoch_size, global_batches
+from orchestrator.data.order import FILLER_LENGTH, check_batch, deal, drawn, epoch_size, global_batches, padded
 from orchestrator.data.prepared import Counts, Prepared
 from orchestrator.data.rows import Rows, rows_of
 from orchestrator.errors import DataError, Fault
@@ -22,9 +22,6 @@ T = TypeVar("T")
 
 PREFETCHED_STEPS = 2
 """Steps that are made ready ahead of the one being trained."""
-
-FILLER_LENGTH = 2
-"""Length of a micro-batch that holds no sample: the shortest in which one position predicts another."""
 
 
 def steps(
@@ -64,7 +61,7 @@ def steps(
                 raise _nothing_to_learn(step, rows, chosen)
             groups = deal(chosen, rows.lengths, micro=batch.micro, rank=rank, ranks=ranks, micro_batches=batch.accumulation)
             micro_batches = tuple(collate(prepared, rows, group, batch.micro, pad_id) for group in groups)
-            positions = batch.micro * _widths(rows.lengths[chosen], batch.micro, ranks * batch.accumulation)
+            positions = padded(rows.lengths[chosen], batch.micro, ranks * batch.accumulation)
             yield StepBatch(step, epoch, micro_batches, labelled, int(rows.lengths[chosen].sum()), positions)
 
     return _ahead(made(), PREFETCHED_STEPS)
@@ -80,12 +77,6 @@ def eval_batches(prepared: Prepared, micro: int, rank: int, ranks: int, pad_id: 
     count = ceil_div(ceil_div(len(rows), micro), ranks)
     for group in deal(np.arange(len(rows)), rows.lengths, micro=micro, rank=rank, ranks=ranks, micro_batches=count):
         yield collate(prepared, rows, group, micro, pad_id)
-
-
-def _widths(lengths: Counts, micro: int, groups: int) -> int:
-    """The widths of all micro-batches of all ranks together, as `deal` makes them and `collate` pads them."""
-    longest = np.sort(lengths)[::-1][::micro]
-    return int(longest.sum()) + (groups - len(longest)) * FILLER_LENGTH
 
 
 def collate(prepared: Prepared, rows: Rows, chosen: Counts, micro: int, pad_id: int) -> MicroBatch:

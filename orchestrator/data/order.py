@@ -13,6 +13,9 @@ from orchestrator.errors import ConfigError, Fault
 from orchestrator.spec import Batch
 from orchestrator.units import ceil_div
 
+FILLER_LENGTH = 2
+"""Length of a micro-batch that holds no sample: the shortest in which one position predicts another."""
+
 
 def steps_per_epoch(prepared: Prepared, batch: Batch) -> int:
     """Optimizer steps of one pass over the training split; the last one may be short."""
@@ -78,6 +81,12 @@ def deal(samples: Counts, lengths: Counts, *, micro: int, rank: int, ranks: int,
     """
     ordered = samples[np.argsort(-lengths[samples], kind="stable")]
     return [ordered[group * micro : (group + 1) * micro] for group in range(rank, micro_batches * ranks, ranks)]
+
+
+def padded(lengths: Counts, micro: int, groups: int) -> int:
+    """The positions of a global batch of rows of `lengths` with their padding, dealt into `groups` micro-batches."""
+    longest = np.sort(lengths)[::-1][::micro]
+    return micro * (int(longest.sum()) + (groups - len(longest)) * FILLER_LENGTH)
 
 
 def check_batch(batch: Batch, rank: int, ranks: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -50,6 +51,16 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept between runs, where data.cache_dir says nothing."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator" / "data"
+
+
+def prepared_folder(data: Data, prepared: Prepared) -> Path:
+    """Where `prepared`, made from `data`, lies."""
+    return (Path(data.cache_dir).expanduser() if data.cache_dir else cache_folder()) / prepared.digest
 
 
 def prepare(

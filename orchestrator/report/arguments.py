@@ -39,6 +39,17 @@ def positive(values: Mapping[str, str], key: str) -> int:
     return int(text)
 
 
+def whole(values: Mapping[str, str], key: str) -> int:
+    """The whole number, zero included, that `key` has.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not values[key].isdecimal():
+        raise ConfigError(Fault(key, f"{values[key]!r} is not a whole number", f"write {key}=10, for example"))
+    return int(values[key])
+
+
 def choices(
     overrides: Sequence[str], options: Mapping[str, Sequence[str]], defaults: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:

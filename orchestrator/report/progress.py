@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from orchestrator import data
+from orchestrator.units import format_count
 
 
 @contextmanager
@@ -25,5 +28,23 @@ def progress(name: str, console: Console | None = None) -> Iterator[Callable[[in
 
         def advance(done: int, total: int, words: str) -> None:
             bar.update(task, completed=done, total=total, description=words)
+
+        yield advance
+
+
+@contextmanager
+def tokenising(console: Console | None = None) -> Iterator[Callable[[data.Progress], None]]:
+    """A function to call with how far the tokenising has come, while the context lasts."""
+    console = console or Console(stderr=True)
+    columns = (
+        TextColumn("tokenising"), BarColumn(bar_width=30), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def advance(progress: data.Progress) -> None:
+            rate = format_count(round(progress.tokens / max(progress.seconds, 1e-9)))
+            bar.update(task, completed=progress.share, description=f"{format_count(progress.tokens)} tokens, {rate}/s")
 
         yield advance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import shutil
 from collections.abc import Callable
@@ -52,13 +51,6 @@ class Outcome:
     total: int
     stopped: bool
     export: Path | None
-
-
-def cache_folder(spec: RunSpec) -> Path:
-    """Where tokenised data is kept between runs."""
-    if spec.data.cache_dir is not None:
-        return Path(spec.data.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestrator" / "data"
 
 
 MOMENTS_OF = {"adamw_bf16": "adamw", "adamw_8bit": "adamw", "paged_adamw_8bit": "adamw"}
@@ -216,7 +208,7 @@ class Run:
         """(tokenizer, prepared data, total optimizer steps). Rank 0 tokenises while the others wait, then all open it; on a
         machine that does not share its cache, the first rank there tokenises again."""
         spec = self.spec
-        cache = cache_folder(spec)
+        cache = data.cache_folder()
 
         def load() -> tuple[Any, Any]:
             tokenizer = data.load_tokenizer(spec.data, spec.model.path, trust_remote_code=spec.model.trust_remote_code)
