@@ -168,6 +168,9 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.quant_faults(conf.tuning, model.shape),
         *computing.loss_faults(conf.loss, cluster, model),
         *optimizer_faults(conf.optimizer.name, conf.zero, conf.offload.optimizer, cluster),
+        *computing.attention_faults(
+            conf.attention, cluster, choose_precision(conf.precision.compute, cluster.card), conf.data.packing.value
+        ),
         *checks.export_faults(conf.export.merge, conf.tuning.kind),
         *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
     ]
@@ -200,6 +203,8 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         logging=spec.Logging(conf.logging.every, conf.logger.tracker.value),
         plan=spec.Planning(conf.plan.on_misfit.value),
         loss=computing.build_loss(conf.loss, model),
+        recompute_every=conf.recompute.every,
+        attention=conf.attention.kind.value,
     )
 
 

@@ -1,14 +1,15 @@
-"""What a forward and a backward compute and keep: the loss head."""
+"""What a forward and a backward compute and keep: the loss head and attention."""
 
 from __future__ import annotations
 
 import importlib.util
 
-from orchestrator.config.schema import LossConf, LossKind
+from orchestrator.config.schema import AttentionConf, AttentionKind, LossConf, LossKind
 from orchestrator.errors import Fault
 from orchestrator.spec import PLAIN_HEADS, Cluster, Loss, Model
 
 LIGER = "liger_kernel"
+FLASH = "flash_attn"
 
 
 def gives_products(model: Model) -> bool:
@@ -39,4 +40,25 @@ def loss_faults(conf: LossConf, cluster: Cluster, model: Model) -> list[Fault]:
     elif conf.kind is LossKind.liger and cluster.name == "local" and importlib.util.find_spec(LIGER) is None:
         remedy = "use loss.kind=chunked, or: pip install liger-kernel"
         faults.append(Fault("loss.kind", "loss.kind=liger, but the package liger-kernel is not installed", remedy))
+    return faults
+
+
+def attention_faults(conf: AttentionConf, cluster: Cluster, compute: str, packing: str) -> list[Fault]:
+    """An attention kernel that the machine, its packages, the number format or the data cannot use."""
+    if conf.kind is not AttentionKind.flash:
+        return []
+    remedy = "use attention=sdpa, which takes torch's own flash kernel where the card has one"
+    card = cluster.card
+    if card.name == "cpu":
+        return [Fault("attention", "attention=flash runs on NVIDIA cards, and this machine has none", remedy)]
+    faults = []
+    if not card.bf16:
+        faults.append(Fault("attention", f"attention=flash needs an Ampere card or newer, and this is a {card.name}", remedy))
+    if compute == "fp32":
+        faults.append(Fault("attention", "attention=flash computes in half precision, and this run in fp32", remedy))
+    if packing != "none":
+        problem = "attention=flash with packed rows is not tested here: documents could see each other"
+        faults.append(Fault("attention", problem, "use attention=sdpa, or data.packing=none"))
+    if cluster.name == "local" and importlib.util.find_spec(FLASH) is None:
+        faults.append(Fault("attention", "attention=flash, but the package flash-attn is not installed", remedy))
     return faults

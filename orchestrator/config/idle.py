@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.config.schema import FsdpKind, LossKind, OptimizerName, RootConf, TuningKind
+from orchestrator.config.schema import FsdpKind, LossKind, OptimizerName, RecomputeKind, RootConf, TuningKind
 from orchestrator.errors import Fault
 
 Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
@@ -34,6 +34,12 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.fsdp.kind is FsdpKind.hybrid_shard,
         "only hybrid_shard has shard groups",
         "add fsdp=hybrid_shard",
+    ),
+    (
+        ("recompute.every",),
+        lambda conf: conf.recompute.kind is RecomputeKind.every_n,
+        "only recompute=every_n leaves blocks out",
+        "add recompute=every_n",
     ),
     (
         ("loss.chunk",),

@@ -32,6 +32,7 @@ ORDER = (
     "optimizer",
     "schedule",
     "recompute",
+    "attention",
     "precision",
     "cluster",
     "logger",

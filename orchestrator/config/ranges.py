@@ -66,6 +66,7 @@ RULES: tuple[Rule, ...] = (
     ("pipeline.stages", _at_least(1), "must be at least 1"),
     ("checkpoint.every", _at_least(0), "must be at least 0 (0: only at the end)"),
     ("checkpoint.keep", _at_least(1), "must be at least 1: the run needs its last checkpoint"),
+    ("recompute.every", _at_least(2), "must be at least 2: with 1 it is recompute=full"),
     ("loss.chunk", _at_least(1), "must be at least 1"),
     ("eval.every", _at_least(0), "must be at least 0 (0: none)"),
     ("logging.every", _at_least(1), "must be at least 1"),

@@ -93,6 +93,15 @@ class ScheduleKind(Enum):
 class RecomputeKind(Enum):
     none = "none"
     full = "full"
+    every_n = "every_n"
+    selective = "selective"
+    offload = "offload"
+
+
+class AttentionKind(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash = "flash"
 
 
 class LossKind(Enum):
@@ -297,6 +306,12 @@ class ScheduleConf:
 @dataclass
 class RecomputeConf:
     kind: RecomputeKind = key(RecomputeKind.none, "activations kept or computed again (set by the group)")
+    every: int = key(2, "every_n: one block of so many is computed again", "blocks")
+
+
+@dataclass
+class AttentionConf:
+    kind: AttentionKind = key(AttentionKind.sdpa, "which attention kernel (set by the group)")
 
 
 @dataclass
@@ -422,6 +437,7 @@ class RootConf:
     pipeline: PipelineConf = field(default_factory=PipelineConf)
     offload: OffloadConf = field(default_factory=OffloadConf)
     recompute: RecomputeConf = field(default_factory=RecomputeConf)
+    attention: AttentionConf = field(default_factory=AttentionConf)
     loss: LossConf = field(default_factory=LossConf)
     precision: PrecisionConf = field(default_factory=PrecisionConf)
     cluster: ClusterConf = field(default_factory=ClusterConf)

@@ -13,8 +13,12 @@ from orchestrator.errors import Fault, ModelError
 from orchestrator.model.head import use_head
 from orchestrator.model.location import resolve
 from orchestrator.model.quantised import QuantisedLinear, quantise_linears
+from orchestrator.model.recompute import use_recompute
 from orchestrator.spec import ROOT, Parameter, RunSpec, block_of, to_json
 from orchestrator.units import TORCH_NAMES
+
+ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
+"""The word of transformers for each choice of the group `attention`."""
 
 
 def in_block(name: str) -> bool:
@@ -56,17 +60,14 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
     with building, no_init_weights():
         model = AutoModelForCausalLM.from_config(
             config,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION[spec.attention],
             dtype=getattr(torch, TORCH_NAMES[spec.precision.compute]),
             trust_remote_code=spec.model.trust_remote_code,
         )
     model.tie_weights()
     use_head(model, spec.loss)
     model.config.use_cache = False
-    if spec.recompute == "full":
-        # The newer name where transformers has it, as the older one is deprecated there.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    use_recompute(model, spec)
     if spec.tuning.form:
         quantise_linears(model, in_block, spec)
     if spec.tuning.adapters:
@@ -87,7 +88,7 @@ def _with_adapters(model: Any, spec: RunSpec) -> Any:
         task_type="CAUSAL_LM",
         base_model_name_or_path=spec.model.path,
     )
-    if spec.recompute == "full":
+    if spec.recompute != "none":
         model.enable_input_require_grads()
     try:
         return get_peft_model(model, lora, autocast_adapter_dtype=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.spec import ModelShape, RunSpec
-from orchestrator.units import dtype_bytes
+from orchestrator.units import ceil_div, dtype_bytes
 
 FP32 = 4
 
@@ -46,16 +46,17 @@ def sizes(shape: ModelShape, compute: str, tp: int = 1) -> Sizes:
 class Activations:
     """Bytes of one micro-batch on one rank.
 
-    `blocks` rest from the forward until the backward reaches them (with recompute: the inputs of the blocks alone).
-    `one_block` is what the block at work holds in full, `transient` the gradients inside it, `attention` the flash
-    backward's own buffers; `head` is what the final norm and the head keep.
+    `blocks` rest from the forward until the backward reaches them (of those that are computed again the inputs alone), `host`
+    those of them that wait in host memory. `one_block` is what the block at work holds in full, `again` what computing the
+    last one again adds, `transient` the gradients inside it; `head` is what the final norm and the head keep.
     """
 
     blocks: int
     one_block: int
+    again: int
     transient: int
-    attention: int
     head: int
+    host: int
 
     @property
     def saved(self) -> int:
@@ -92,12 +93,47 @@ def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
         """Whether the input of these linears is kept: for a gradient of their weights, or of an adapter's."""
         return full or bool(targets & set(names))
 
+    down = input_of("down_proj")
     kept = _norms(s, full, shape) + _adapters(spec, s, targets)
     kept += s.c * s.hidden * (input_of("q_proj", "k_proj", "v_proj") + input_of("gate_proj", "up_proj"))
     key = s.key if spec.data.packing == "none" else s.query  # under a mask k and v are repeated for every query head
-    kept += s.c * (2 * s.query + 2 * key) + FP32 * s.heads  # q, k, v, the output, and its log-sum-exp
-    kept += s.c * s.inner * (3 + input_of("down_proj"))  # gate, its activation, up, their product
+    scores = spec.data.seq_len * s.heads * (FP32 + (s.c if s.c < FP32 else 0)) if spec.attention == "eager" else 0
+    kept += s.c * (2 * s.query + 2 * key) + (scores or FP32 * s.heads)  # q, k, v, the output, and its log-sum-exp
+    kept += s.c * s.inner * (3 + down)  # gate, its activation, up, their product
     return kept
+
+
+def _products(spec: RunSpec, s: Sizes) -> int:
+    """Bytes for each token that `recompute=selective` keeps of one block: the results of its matrix products and attention."""
+    rows = {
+        "q_proj": s.query, "k_proj": s.key, "v_proj": s.key, "o_proj": s.hidden,
+        "gate_proj": s.inner, "up_proj": s.inner, "down_proj": s.hidden,
+    }  # fmt: skip
+    adapters = sum(spec.tuning.rank + rows.get(name, 0) for name in spec.tuning.targets) if spec.tuning.adapters else 0
+    scores = 2 * spec.data.seq_len * s.heads * s.c if spec.attention == "eager" else FP32 * s.heads
+    return s.c * (sum(rows.values()) + s.query + adapters) + scores
+
+
+def _inside(spec: RunSpec, s: Sizes) -> int:
+    """Bytes for each token that the backward of one block adds to what the block keeps, at its worst.
+
+    In the MLP the gradients of the product and of both its factors live at once, the product itself no more. In attention the
+    flash kernel has an fp32 gradient of q, and with grouped heads k and v expanded to all of them (flash_api.cpp, mha_bwd); the
+    MLP's tensors are gone by then.
+    """
+    full, down = spec.tuning.kind == "full", spec.tuning.kind == "full" or "down_proj" in spec.tuning.targets
+    mlp = s.c * s.inner * (3 - down) + 2 * s.c * s.hidden
+    expanded = 2 * s.c * s.query if s.key != s.query else 0
+    flash = FP32 * s.query + expanded if s.c < FP32 else 0
+    gone = s.c * s.inner * (3 + down) + s.c * s.hidden * full
+    return max(mlp, flash + 4 * s.c * s.hidden + 2 * FP32 * s.hidden - gone)
+
+
+def recomputed(spec: RunSpec, blocks: int) -> int:
+    """How many of `blocks` blocks the backward computes again, in whole or but for their products."""
+    if spec.recompute == "every_n":
+        return ceil_div(blocks, spec.recompute_every)
+    return 0 if spec.recompute == "none" else blocks
 
 
 def activations(spec: RunSpec, shape: ModelShape) -> Activations:
@@ -113,20 +149,21 @@ def activations(spec: RunSpec, shape: ModelShape) -> Activations:
     pairs = tokens * spec.data.seq_len if spec.data.packing != "none" else 0
     block = tokens * _block(spec, shape, s) + pairs * s.c
     inputs = tokens * s.c * s.hidden
-    recompute = spec.recompute != "none"
+    layers = shape.num_hidden_layers
+    again = recomputed(spec, layers)
+    recompute = again > 0
+    kept = inputs + (tokens * _products(spec, s) if spec.recompute == "selective" else 0)
+    on_host = spec.recompute == "offload" and spec.cluster.card.name != "cpu"
     # Without recompute nothing before the first adapters needs a gradient, so the first norm keeps nothing.
     first = 0 if full or recompute else tokens * (FP32 * s.hidden + FP32)
-    # Gradients of the product, of both its factors and of the residual stream live at once; the norms work in fp32.
-    transient = tokens * (3 * s.c * s.inner + 2 * s.c * s.hidden + 2 * FP32 * s.hidden)
-    # fp32 gradient of q, and with grouped heads k and v expanded to all of them (flash_api.cpp, mha_bwd).
-    expanded = 2 * s.c * s.query if s.key != s.query else 0
-    attention = tokens * (FP32 * s.query + expanded) if s.c < FP32 else 0
     # The norm's factor, and the input of the head where its whole product is made; a chunked loss has used it already.
     head = tokens * (FP32 * s.hidden + ((1 + (spec.loss.kind == "plain")) * s.c * s.hidden if full else 0))
+    last = recompute and (spec.recompute != "every_n" or (layers - 1) % spec.recompute_every == 0)
     return Activations(
-        blocks=shape.num_hidden_layers * (inputs if recompute else block) - first + (pairs if recompute else 0),
+        blocks=(layers - again) * block + (0 if on_host else again * kept) - first + (pairs if recompute else 0),
         one_block=block,
-        transient=transient,
-        attention=attention,
+        again=block - (kept - inputs) if last else 0,
+        transient=tokens * _inside(spec, s),
         head=head,
+        host=again * kept if on_host else 0,
     )

@@ -86,7 +86,9 @@ def _gradients(spec: RunSpec, table: Sequence[Parameter], backward: Mapping[str,
         # The root group's gradients stay whole until its reduce-scatter at the very end (_fsdp_param_group.py post_backward).
         root = sum(p.numel for p in trainable if p.block == ROOT)
         scatter = {"reduce_scatter": backward.get("reduce_scatter", 0)}
-        return _Gradients(begin, begin + head * c, held + root * c, scatter)
+        # Its own shard is made by that, after the whole ones are gone (_fsdp_collectives.py foreach_reduce).
+        own = 0 if begin else min(held, ceil_div(root, spec.strategy.dp_shard) * FP32)
+        return _Gradients(begin, begin + head * c, held - own + root * c, scatter)
     if spec.strategy.shard in (Shard.GRADIENTS, Shard.PARAMETERS) or spec.batch.accumulation > 1:
         return _Gradients(begin, max(begin, head * c), held, {})
     return _Gradients(0, min(held, head * (FP32 if spec.strategy.engine is Engine.PLAIN else c)), held, {})
@@ -199,8 +201,8 @@ def card_moments(
     lasting = {line: count for line, count in backward.items() if line not in ("gradients", "reduce_scatter")}
     workspace = {"workspace": overhead(spec.cluster, spec.strategy.ranks).workspace}
     forward = _moving(layout, "forward", Home.GPU)
-    block = held.one_block if spec.recompute != "none" else 0
-    inside = {"activations": block + held.transient, "workspace": held.attention, "unpacked": unpacked}
+    last = {"activations": held.again + held.transient, "unpacked": unpacked}
+    inside = {"activations": held.one_block + held.transient, "unpacked": unpacked}
 
     def now(phase: str, what: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(phase, what, _sum(rest, workspace, *parts))
@@ -214,7 +216,6 @@ def card_moments(
     flowing = {line: count for line, count in peaks.between.items() if line != "gradients"}  # the head's is in `at_start`
     at_end = {"gradients": gradients.at_end}
     at_norm = {"gradients": backward.get("gradients", 0)}
-    one = {"activations": held.one_block} if spec.recompute == "none" else {}
     fsdp = spec.strategy.engine is Engine.FSDP
     root, blocks = _gathering(spec, parts)
     fetched = {"gathered": 2 * root + 2 * blocks} if fsdp else {}  # the first block is fetched ahead, and copied out too
@@ -230,8 +231,8 @@ def card_moments(
         now("backward", "the gradient of the loss", waiting, at_loss, peaks.backward),
         now("backward", "gathering the root again", again, at_loss, peaks.between),
         now("backward", "the gradient of the head", lasting, at_start, {"activations": held.head}, flowing),
-        now("backward", "the last block", lasting, at_start, inside),
-        now("backward", "the first block", at_first, at_end, inside, one),
+        now("backward", "the last block", lasting, at_start, last),
+        now("backward", "the first block", at_first, at_end, inside),
         now("backward", "the gradient of the embedding", ending, at_end, _whole_gradient(spec, table)),
         now("backward", "the reduction of the last gradients", ending, at_end, gradients.shared),
         now("step", "the norm of the gradients", at_norm, _norm_lines(spec, layout, table)),
@@ -240,12 +241,16 @@ def card_moments(
     )
 
 
-def host_lines(spec: RunSpec, table: Sequence[Parameter], home: Home, rank: int = 0) -> dict[str, int]:
-    """Bytes by line that rank `rank` keeps in host memory or on NVMe, at the fullest phase."""
+def host_lines(
+    spec: RunSpec, table: Sequence[Parameter], home: Home, rank: int = 0, shape: ModelShape | None = None
+) -> dict[str, int]:
+    """Bytes by line that rank `rank` keeps in host memory or on NVMe, at the fullest phase; with the
+    model's `shape`, the activations that wait there too."""
     layout = lay_out(spec, table, rank)
     rest = _resting(layout, "step", home)
     moving = [_moving(layout, phase, home) for phase in ("load", "forward", "backward", "step", "save")]
-    return _sum(rest, max(moving, key=lambda lines: sum(lines.values())))
+    waiting = activations(spec, shape).host if shape is not None and home is Home.CPU else 0
+    return _sum(rest, max(moving, key=lambda lines: sum(lines.values())), {"activations": waiting})
 
 
 def largest(moments: Sequence[Moment]) -> Moment:

@@ -155,7 +155,7 @@ def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int
     table = table_for(spec) if table is None else table
     moments = card_moments(spec, table, shape_for(spec), rank, loss)
     fullest = largest(moments)
-    elsewhere = {home: host_lines(spec, table, home, rank) for home in (Home.CPU, Home.NVME)}
+    elsewhere = {home: host_lines(spec, table, home, rank, shape_for(spec)) for home in (Home.CPU, Home.NVME)}
     host, nvme = _host(spec, table, elsewhere[Home.CPU]), Room(sum(elsewhere[Home.NVME].values()), 0)
     memory = _card(spec, fullest.bytes, align_up(fullest.bytes, LARGE_BLOCK))
     if spec.cluster.card.name == device.CPU:  # one memory holds both

@@ -143,12 +143,18 @@ FEW = 4
 """Layers of the shallower of the two traces that are spliced: the two at each end are special, one of two repeats."""
 
 
+def unit(spec: RunSpec) -> int:
+    """Blocks of which each run of so many is like the next: one, but with `recompute=every_n`."""
+    return spec.recompute_every if spec.recompute == "every_n" else 1
+
+
 def can_splice(spec: RunSpec) -> bool:
     """Whether tracing a few layers may be enough. Not under DeepSpeed: its flat buckets and ZeRO-3's thresholds count over the
-    whole depth."""
+    whole depth; nor where the depth is no multiple of the layers that repeat."""
     shape = spec.model.shape
-    deep = shape is not None and shape.known and shape.num_hidden_layers > 2 * FEW
-    return deep and spec.strategy.engine is not Engine.DEEPSPEED
+    if shape is None or not shape.known or spec.strategy.engine is Engine.DEEPSPEED:
+        return False
+    return shape.num_hidden_layers > 2 * FEW * unit(spec) and shape.num_hidden_layers % unit(spec) == 0
 
 
 def _spliced(spec: RunSpec, rank: int) -> Trace | None:
@@ -157,10 +163,11 @@ def _spliced(spec: RunSpec, rank: int) -> Trace | None:
     shape = spec.model.shape
     assert shape is not None, "can_splice was asked"
 
-    def at(layers: int) -> Trace:
+    def at(units: int) -> Trace:
+        layers = units * unit(spec)
         return play(replace(spec, model=replace(spec.model, shape=replace(shape, num_hidden_layers=layers))), rank)
 
-    return splice(at(FEW), at(FEW + 1), shape.num_hidden_layers - FEW)
+    return splice(at(FEW), at(FEW + 1), shape.num_hidden_layers // unit(spec) - FEW)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.layout.moments import hidden_matrix
-from orchestrator.planner.activations import FP32, Sizes, sizes
+from orchestrator.planner.activations import FP32, Sizes, activations, recomputed, sizes
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, rates
 from orchestrator.planner.traffic import Traffic, traffic
 from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec, divided_table
@@ -161,6 +161,15 @@ def _update(spec: RunSpec, table: Sequence[Parameter], moved: Traffic) -> float:
     return passes + _orthogonalisation(spec, table)
 
 
+def _again(blocks: _Pass, spec: RunSpec, shape: ModelShape, tokens: int) -> float:
+    """Seconds of the part of the forward that the backward repeats; selective recompute repeats neither matrix products nor
+    attention."""
+    share = recomputed(spec, shape.num_hidden_layers) / shape.num_hidden_layers
+    if spec.recompute == "selective":
+        blocks = _Pass(0.0, 0.0, blocks.moved)
+    return share * _seconds(blocks, 1, spec, tokens)
+
+
 def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> StepTime | None:
     """The parts of one optimizer step at full sequences; None where the card's rates are not known.
 
@@ -178,7 +187,7 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     forward = _seconds(blocks, 1, spec, tokens) + _seconds(head, 1, spec, tokens)
     backward = _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
     backward += _seconds(head, backward_factor, spec, tokens)
-    again = _seconds(blocks, 1, spec, tokens) if spec.recompute != "none" else 0.0
+    again = _again(blocks, spec, shape, tokens)
     unpacking = _unpacking(spec, table)
     forward, backward, again = forward + unpacking, backward + unpacking, again + (unpacking if again else 0.0)
     moved = traffic(spec, table)
@@ -189,7 +198,8 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     overlap = spec.strategy.buckets is None or spec.strategy.buckets.overlap_comm
     hides = 1.0 if rates(card).nvlink else PCIE_HIDES
     hidden = hides * (min(sent[0], forward) + min(sent[1], backward + again)) if overlap else 0.0
-    host = (moved.fetched + moved.returned) / (rates(card).host_gb_per_s * GIGA * LINK.share)
+    waiting = 2 * spec.batch.accumulation * activations(spec, shape).host  # out in the forward, back in the backward
+    host = (moved.fetched + moved.returned + waiting) / (rates(card).host_gb_per_s * GIGA * LINK.share)
     return StepTime(
         compute=forward + backward,
         recompute=again,

@@ -185,6 +185,9 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
+    """`recompute` is "none", "full", "every_n" (blocks 0, n, 2n … for n = `recompute_every`), "selective" or "offload";
+    `attention` "sdpa", "eager" or "flash"."""
+
     run: Run
     seed: int
     model: Model
@@ -204,3 +207,5 @@ class RunSpec:
     logging: Logging
     plan: Planning
     loss: Loss = Loss()
+    recompute_every: int = 2
+    attention: str = "sdpa"

@@ -60,7 +60,7 @@ def needs(group: str, choice: str, tmp_path: Path) -> list[str]:
         return ["zero=stage3"]
     if group in ("cluster", "slurm", "kubernetes"):
         return ["zero=stage2"]
-    if (group, choice) == ("optimizer", "paged_adamw_8bit"):
+    if (group, choice) in (("optimizer", "paged_adamw_8bit"), ("attention", "flash")):
         return ["cluster=1xa10"]
     if group == "tensor":
         return ["cluster=4xa10", "model=llama3_8b", "fsdp=full_shard"]

@@ -175,6 +175,7 @@ OUT_OF_RANGE = [
     ("pipeline.stages", 0, "must be at least 1"),
     ("checkpoint.every", -1, "must be at least 0 (0: only at the end)"),
     ("checkpoint.keep", 0, "must be at least 1: the run needs its last checkpoint"),
+    ("recompute.every", 1, "must be at least 2: with 1 it is recompute=full"),
     ("loss.chunk", 0, "must be at least 1"),
     ("eval.every", -1, "must be at least 0 (0: none)"),
     ("logging.every", 0, "must be at least 1"),

@@ -58,10 +58,13 @@ class Case:
     family: str = ""
     loss: str = ""
     gradients: str | None = None
+    recompute: str = "none"
+    attention: str = "sdpa"
 
     @property
     def name(self) -> str:
-        words = [self.strategy, self.tuning, "" if self.optimizer == "adamw" else self.optimizer]
+        other = [word for word in (self.optimizer, self.recompute, self.attention) if word not in ("adamw", "none", "sdpa")]
+        words = [self.strategy, self.tuning, *other]
         words += [f"{self.gradients}_gradients" if self.gradients else "", self.compute, f"x{self.accumulation}"]
         words += ["tied" if self.tied else "", self.family, f"{self.loss}_loss" if self.loss else ""]
         return "-".join(word for word in words if word)
@@ -128,7 +131,7 @@ def all_cases(ranks: int) -> list[Case]:
         families = [Case("tensor2", tuning, "fp32", 1, family=name) for name, tuning in FAMILIES]
         families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
         halves = [Case(name, tuning, "fp16", 1) for name, tuning in half]
-        return whole + families + packed + halves + optimizer_cases(ranks)
+        return whole + families + packed + halves + optimizer_cases(ranks) + RECOMPUTED
     plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
     tied = ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard", "full_shard_tensor2", "tensor4")
     return [
@@ -140,13 +143,35 @@ def all_cases(ranks: int) -> list[Case]:
     ]
 
 
+RECOMPUTED = [
+    Case("zero1", "full", "fp32", 1, recompute="selective", attention="eager"),
+    Case("zero2", "lora", "fp32", 1, recompute="every_n"),
+    Case("zero2", "full", "fp32", 4, recompute="selective"),
+    Case("zero3", "full", "fp32", 4, recompute="full"),
+    Case("zero3", "lora", "fp32", 1, recompute="selective"),
+    Case("zero3", "full", "fp32", 1, recompute="every_n"),
+    Case("zero3_cpu", "full", "fp32", 1, recompute="offload"),
+    Case("full_shard", "lora", "fp32", 1, recompute="full"),
+    Case("full_shard", "full", "fp32", 4, recompute="selective"),
+    Case("full_shard", "full", "fp32", 1, recompute="every_n", attention="eager"),
+    Case("full_shard_cpu", "lora", "fp32", 1, recompute="offload"),
+    Case("shard_grad_op", "full", "bf16", 1, recompute="selective"),
+    Case("hybrid_shard", "full", "fp32", 1, tied=True, recompute="full"),
+    Case("tensor2", "lora", "fp32", 1, recompute="selective"),
+    Case("tensor2", "full", "fp32", 1, recompute="full"),
+]
+"""Recompute must not change anything, whatever the engine does around a block: each kind under each engine once. The
+references keep all activations and use sdpa."""
+
+
 def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
     """The spec of a case; `strategy` plain gives its reference, which takes the whole global batch in one forward."""
     strategy = strategy or replace(strategies(ranks)[case.strategy], gradients=case.gradients)
     shape = case.shape(strategies(ranks)[case.strategy])
     micro = GLOBAL_SIZE // (strategy.dp * case.accumulation)
     batch = s.Batch(GLOBAL_SIZE, micro, case.accumulation)
-    if strategy.engine is s.Engine.PLAIN:
+    plain = strategy.engine is s.Engine.PLAIN
+    if plain:
         batch = s.Batch(GLOBAL_SIZE, GLOBAL_SIZE, 1)
     tuning = TUNINGS[case.tuning]
     if case.family and tuning.kind == "lora":
@@ -157,10 +182,11 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
         model=s.Model("small", None, False, shape),
         tuning=tuning, strategy=strategy, batch=batch,
         data=s.Data(None, 32), optimizer=s.Optimizer(case.optimizer, lr=2e-3, weight_decay=0.01, clip=0.5),
-        schedule=s.Schedule("constant", 0), recompute="none", precision=s.Precision(case.compute),
+        schedule=s.Schedule("constant", 0), recompute="none" if plain else case.recompute, precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
-        loss=s.Loss("plain") if strategy.engine is s.Engine.PLAIN else s.Loss(case.loss or "chunked", CHUNK),
+        loss=s.Loss("plain") if plain else s.Loss(case.loss or "chunked", CHUNK),
+        attention="sdpa" if plain else case.attention,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -165,7 +166,7 @@ def main(output: Path, only: str, cases: Callable[[int], list[Case]]) -> None:
     results: dict[str, Any] = {}
     references: dict[tuple[str, str, s.ModelShape | None, str], dict[str, Any]] = {}
     for case in cases(ranks):
-        if only not in case.name:
+        if not re.search(only, case.name):
             continue
         key = (case.tuning, case.compute, run_spec(case, ranks).model.shape, case.optimizer)
         if rank == 0 and key not in references:

@@ -20,6 +20,8 @@ SHAPES = [
     ["cluster=1xa10", "model=qwen25_0_5b", "batch.micro=2"], ["fsdp=full_shard"], ["fsdp=full_shard", "recompute=full"],
     ["fsdp=full_shard", "tuning=lora"], ["fsdp=full_shard", "tuning=lora", "recompute=full"], ["fsdp=shard_grad_op"],
     ["fsdp=full_shard", "offload=cpu"], ["fsdp=hybrid_shard"], ["fsdp=full_shard", "batch.global_size=8"],
+    ["fsdp=full_shard", "recompute=selective"], ["fsdp=full_shard", "tuning=lora", "recompute=offload"],
+    ["cluster=1xa10", "recompute=selective", "tuning=lora"], ["cluster=1xa10", "attention=eager"],
 ]  # fmt: skip
 
 

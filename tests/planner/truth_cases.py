@@ -57,6 +57,12 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
 OTHERS = [
     Case(2, "zero1", "full", "bf16", "none", 1, "plain"),
     Case(2, "full_shard", "lora", "fp32", "none", 2, "plain"),
+    Case(1, "plain", "lora", "bf16", "selective", 1),
+    Case(2, "zero3", "full", "bf16", "selective", 1),
+    Case(2, "zero2", "lora", "fp32", "every_n", 1),
+    Case(2, "full_shard", "full", "bf16", "selective", 1),
+    Case(2, "full_shard", "full", "bf16", "every_n", 2),
+    Case(2, "full_shard_cpu", "lora", "bf16", "offload", 1),
 ]
 
 
@@ -87,7 +93,7 @@ SAMPLE = [
     Case(2, "zero2", "lora", "bf16", "full", 1),
     Case(2, "zero3", "full", "fp32", "full", 2),
     Case(2, "zero3_cpu", "full", "bf16", "none", 1),
-    Case(2, "full_shard", "full", "fp32", "full", 2),
+    Case(2, "full_shard", "full", "bf16", "selective", 1),
     Case(2, "shard_grad_op", "lora", "fp32", "none", 2),
     Case(2, "zero3", "nf4x2", "bf16", "full", 1),
     Case(2, "full_shard", "nf4x2", "bf16", "full", 1),
