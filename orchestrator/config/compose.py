@@ -167,6 +167,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.target_faults(conf.tuning, model.shape),
         *checks.quant_faults(conf.tuning, model.shape),
         *computing.loss_faults(conf.loss, cluster, model),
+        *computing.recompute_faults(conf.recompute, tensor),
         *optimizer_faults(conf.optimizer.name, conf.zero, conf.offload.optimizer, cluster),
         *computing.attention_faults(
             conf.attention, cluster, choose_precision(conf.precision.compute, cluster.card), conf.data.packing.value

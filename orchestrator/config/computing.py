@@ -1,10 +1,10 @@
-"""What a forward and a backward compute and keep: the loss head and attention."""
+"""What a forward and a backward compute and keep: the loss head, recompute and attention."""
 
 from __future__ import annotations
 
 import importlib.util
 
-from orchestrator.config.schema import AttentionConf, AttentionKind, LossConf, LossKind
+from orchestrator.config.schema import AttentionConf, AttentionKind, LossConf, LossKind, RecomputeConf, RecomputeKind
 from orchestrator.errors import Fault
 from orchestrator.spec import PLAIN_HEADS, Cluster, Loss, Model
 
@@ -41,6 +41,15 @@ def loss_faults(conf: LossConf, cluster: Cluster, model: Model) -> list[Fault]:
         remedy = "use loss.kind=chunked, or: pip install liger-kernel"
         faults.append(Fault("loss.kind", "loss.kind=liger, but the package liger-kernel is not installed", remedy))
     return faults
+
+
+def recompute_faults(conf: RecomputeConf, tensor: int) -> list[Fault]:
+    """Recompute that would change the result: tensor parallelism adds the parts of a product up in place, and the kept product
+    would be added up once more in the backward (seen: gradient norm off by 28 %)."""
+    if conf.kind is not RecomputeKind.selective or tensor == 1:
+        return []
+    problem = f"recompute=selective keeps matrix products, and tensor={tensor} adds their parts up in place"
+    return [Fault("recompute", problem, "use recompute=full or recompute=every_n")]
 
 
 def attention_faults(conf: AttentionConf, cluster: Cluster, compute: str, packing: str) -> list[Fault]:

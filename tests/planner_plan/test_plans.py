@@ -65,7 +65,7 @@ def test_what_shards_more_needs_less(less, more):
 
 def test_what_does_not_fit_says_what_is_missing_and_what_would_help():
     made = plan(*LORA, "zero=stage2")
-    assert made.verdict == SHORT and made.shortfall.startswith("short 4.") and "on each card in backward" in made.shortfall
+    assert made.verdict == SHORT and made.shortfall.startswith("short 4.") and "on each card in forward" in made.shortfall
     words = [fix.words for fix in made.fixes]
     assert "recompute=full" in words and any(word.startswith("fsdp=") for word in words)
     assert [fix.slowdown for fix in made.fixes[:2]] == sorted(fix.slowdown for fix in made.fixes[:2])
