@@ -45,6 +45,16 @@ def train(overrides: list[str]) -> int:
         world = join(spec.cluster.card.name)
         prelude = world.on_first(lambda: settle(spec))
         run = Run(prelude.spec, world, stop=stop)
+        if prelude.spec.strategy.nvme is not None:
+            from orchestrator.layout import lay_out
+            from orchestrator.planner.predict import table_for
+            from orchestrator.planner.traffic import traffic
+            from orchestrator.train import disk
+
+            table = table_for(prelude.spec)
+            moved = traffic(prelude.spec, table)
+            layout = lay_out(prelude.spec, table)
+            disk.prepare(prelude.spec.strategy.nvme, layout, (moved.disk_read, moved.disk_written), world, run.display.note)
 
         def opened(folder: RunFolder) -> None:
             nonlocal log

@@ -9,6 +9,14 @@ from orchestrator import spec as s
 BUCKETS = s.Buckets(reduce=20_000, allgather=20_000, prefetch=10_000, persistence=100, max_live=50_000, max_reuse=50_000)
 
 
+def swapping(ranks: int) -> dict[str, s.Strategy]:
+    """Every strategy that swaps to NVMe; apart, because what is tiny stays in memory."""
+    knobs = replace(BUCKETS, prefetch=0, max_reuse=0)
+    optimizer = replace(strategies(ranks)["zero3_optimizer"], optimizer_home=s.Home.NVME, nvme=s.Nvme("swap", 0, 0))
+    weights = replace(optimizer, parameter_home=s.Home.NVME, buckets=knobs, nvme=s.Nvme("swap", 8_000))
+    return {"zero3_nvme_optimizer": optimizer, "zero3_nvme": weights}
+
+
 def strategies(ranks: int) -> dict[str, s.Strategy]:
     """Every strategy that exists on `ranks` ranks."""
     cpu = s.Home.CPU

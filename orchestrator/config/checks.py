@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from orchestrator.config.schema import FsdpConf, FsdpKind, GradientDtype, OffloadConf, TuningConf, TuningKind, ZeroConf
+from orchestrator.config.schema import (
+    FsdpConf,
+    FsdpKind,
+    GradientDtype,
+    OffloadConf,
+    OffloadHome,
+    TuningConf,
+    TuningKind,
+    ZeroConf,
+)
 from orchestrator.errors import Fault
 from orchestrator.spec import KNOWN_FAMILIES, LINEARS, NF4, Cluster, ModelShape, parameters, quantised
 from orchestrator.spec.quant import BLOCK
-from orchestrator.units import align_up
+from orchestrator.units import MIB, align_up, ceil_div, dtype_bytes, format_bytes
 
 ALL_LINEAR = "all-linear"
 
@@ -23,6 +32,8 @@ def offload_faults(zero: ZeroConf, fsdp: FsdpConf, offload: OffloadConf) -> list
     """Offload that no engine of the project does."""
     if not (offload.optimizer or offload.parameters):
         return []
+    if OffloadHome.nvme in (offload.optimizer_home, offload.parameters_home):
+        return nvme_faults(zero, fsdp, offload)
     name = "cpu" if offload.parameters else "optimizer"
     if zero.stage is not None:
         if offload.parameters and not offload.optimizer:
@@ -44,6 +55,67 @@ def offload_faults(zero: ZeroConf, fsdp: FsdpConf, offload: OffloadConf) -> list
         return [Fault("offload", problem, "use offload=cpu, or zero=stage2 offload=optimizer")]
     remedy = "add zero=stage3 or fsdp=full_shard" if offload.parameters else "add zero=stage2"
     return [Fault("offload", f"offload={name} needs an engine that can, and zero=none and fsdp=none", remedy)]
+
+
+def nvme_faults(zero: ZeroConf, fsdp: FsdpConf, offload: OffloadConf) -> list[Fault]:
+    """NVMe where DeepSpeed does not swap, and what its swapper fails at."""
+    name = "nvme" if offload.parameters_home is OffloadHome.nvme else "nvme_optimizer"
+    if zero.stage != 3:
+        engine = f"zero=stage{zero.stage}" if zero.stage is not None else f"zero=none fsdp={fsdp.kind.name}"
+        problem = f"offload={name} with {engine}: only DeepSpeed's stage 3 swaps to NVMe"
+        return [Fault("offload", problem, f"use zero=stage3 offload={name}, or offload=cpu")]
+    faults = []
+    if offload.parameters_home is OffloadHome.nvme and (
+        not offload.parameters or not offload.optimizer or offload.optimizer_home is not OffloadHome.nvme
+    ):
+        problem = "DeepSpeed puts weights on NVMe soundly only together with the optimizer"
+        faults.append(Fault("offload", problem, "use offload=nvme, or offload=nvme_optimizer"))
+    knobs = {"zero.prefetch_bucket": zero.prefetch_bucket, "zero.max_reuse_distance": zero.max_reuse_distance}
+    ahead = [key for key, elements in knobs.items() if elements]
+    if offload.parameters_home is OffloadHome.nvme and ahead:
+        problem = "weights from NVMe can be neither fetched ahead nor kept: DeepSpeed 0.19.8 gives one two buffers and stops"
+        faults.append(Fault(", ".join(ahead), problem, "leave it out: it is 0 with offload=nvme"))
+    return faults
+
+
+def swapped_run_faults(offload: OffloadConf, optimizer: str, quantised_base: bool, background: bool) -> list[Fault]:
+    """What a run that swaps to NVMe cannot have besides."""
+    faults: list[Fault] = []
+    if OffloadHome.nvme not in (offload.optimizer_home, offload.parameters_home):
+        return faults
+    if optimizer != "adamw":
+        problem = f"optimizer={optimizer} with states on NVMe: DeepSpeed's swapper is used with AdamW's alone"
+        faults.append(Fault("optimizer", problem, "use optimizer=adamw, or offload=cpu"))
+    if quantised_base:
+        problem = "a packed base has not been tried on NVMe, and is a quarter of its size already"
+        faults.append(Fault("offload", problem, "use offload=cpu or offload=none with tuning=qlora"))
+    if background:
+        problem = "a checkpoint in the background copies into host memory all that NVMe keeps out of it"
+        faults.append(Fault("checkpoint.background", problem, "set it to false"))
+    return faults
+
+
+def swap_faults(zero: ZeroConf, offload: OffloadConf, ranks: int, size: int, persistence: int, compute: str) -> list[Fault]:
+    """Buffers that cannot take the largest weight, and small weights that are not small enough. `size`: elements of a rank's
+    part of the largest weight, 0 where it is not known; `persistence`: largest tensor that stays whole."""
+    if offload.parameters_home is not OffloadHome.nvme or zero.stage != 3:
+        return []
+    faults = []
+    if offload.buffer_size is None and not size:
+        problem = "how large the largest weight is cannot be told from this model's config.json"
+        faults.append(Fault("offload.buffer_size", problem, "set it to the elements of a rank's part of the largest weight"))
+    elif offload.buffer_size is not None and offload.buffer_size < size:
+        problem = f"{offload.buffer_size:,} elements, but a rank's part of the largest weight has {size:,}"
+        faults.append(Fault("offload.buffer_size", problem, "leave it out, or set it to that"))
+    smallest = max(MIB, offload.aio.block_size)
+    kept = ceil_div(persistence, ranks) * dtype_bytes(compute)
+    if kept >= smallest:
+        problem = (
+            f"tensors of up to {persistence:,} elements stay on the card, and {format_bytes(kept)} of one would go to NVMe"
+        )
+        limit = smallest // dtype_bytes(compute) * ranks - ranks
+        faults.append(Fault("zero.persistence_threshold", problem, f"set it to {limit:,} or less"))
+    return faults
 
 
 def pin_faults(offload: OffloadConf, cluster: Cluster) -> list[Fault]:

@@ -24,7 +24,7 @@ from orchestrator.config.overrides import check_overrides, composition_fault
 from orchestrator.config.ranges import path_faults, range_faults
 from orchestrator.config.schema import ClusterConf, Compute, DataConf, RootConf, TuningConf, TuningKind
 from orchestrator.config.shapes import DIMENSIONS, resolve_model
-from orchestrator.config.strategy import build_strategy, require_strategy, shard_size
+from orchestrator.config.strategy import buckets, build_strategy, largest_part, require_strategy, see_disk, shard_size
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.units import GIB, MIB
 
@@ -62,7 +62,8 @@ def _host(ranks: int | None) -> spec.Cluster:
 def build_cluster(conf: ClusterConf, ranks: int | None, local: Local | None) -> spec.Cluster:
     """The cluster that `conf` names; "local" is the machine at hand, seen through `local`."""
     if conf.name == "local":
-        return (local or _host)(ranks or conf.nodes * conf.cards_per_node or None)
+        found = (local or _host)(ranks or conf.nodes * conf.cards_per_node or None)
+        return replace(found, nvme_bytes=int(conf.nvme_gib * GIB), nvme_gb_per_s=conf.nvme_gb_per_s)
     host_bytes = int(conf.host_gib * GIB)
     # A rank without a card computes in its share of the machine's memory.
     memory = host_bytes // conf.cards_per_node if conf.card.name == "cpu" else conf.card.memory_mib * MIB
@@ -75,7 +76,9 @@ def build_cluster(conf: ClusterConf, ranks: int | None, local: Local | None) -> 
         bf16=conf.card.bf16,
         source=conf.card.source,
     )
-    return spec.Cluster(conf.name, conf.nodes, conf.cards_per_node, card, host_bytes=host_bytes)
+    return spec.Cluster(
+        conf.name, conf.nodes, conf.cards_per_node, card, host_bytes, int(conf.nvme_gib * GIB), conf.nvme_gb_per_s
+    )
 
 
 def choose_precision(compute: Compute, card: spec.Card) -> str:
@@ -155,6 +158,17 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *divisions.company_faults(conf.tensor, conf.tuning, conf.loss, conf.optimizer),
         *divisions.pipeline_faults(conf.pipeline),
         *checks.offload_faults(conf.zero, conf.fsdp, conf.offload),
+        *checks.swap_faults(
+            conf.zero,
+            conf.offload,
+            ranks,
+            largest_part(model.shape, ranks),
+            buckets(conf.zero, model.shape).persistence,
+            choose_precision(conf.precision.compute, cluster.card),
+        ),
+        *checks.swapped_run_faults(
+            conf.offload, conf.optimizer.name.value, conf.tuning.kind is TuningKind.qlora, conf.checkpoint.background
+        ),
         *checks.pin_faults(conf.offload, cluster),
         *checks.rank_faults(ranks, cluster),
         *checks.shard_faults(conf.fsdp, ranks // tensor, size),
@@ -182,6 +196,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
     strategy = build_strategy(conf, ranks, cluster, model.shape)
     if strategy.gradients == choose_precision(conf.precision.compute, cluster.card):
         strategy = replace(strategy, gradients=None)
+    cluster = see_disk(cluster, strategy.nvme)
     share = conf.batch.global_size // strategy.dp
     micro = choose_micro(conf.batch.micro, share, _tiny(model))
     return spec.RunSpec(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.config.schema import FsdpKind, LossKind, OptimizerName, RecomputeKind, RootConf, TuningKind
+from orchestrator.config.strategy import homes
 from orchestrator.errors import Fault
+from orchestrator.spec import Home
 
 Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
 
@@ -76,6 +78,13 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.optimizer.name is OptimizerName.adafactor,
         "only Adafactor reads it",
         "add optimizer=adafactor",
+    ),
+    (
+        ("offload.path", "offload.buffer_count", "offload.buffer_size", "offload.aio.block_size", "offload.aio.queue_depth",
+         "offload.aio.threads", "offload.aio.single_submit", "offload.aio.overlap_events"),
+        lambda conf: Home.NVME in homes(conf.offload),
+        "nothing rests on NVMe",
+        "add offload=nvme or offload=nvme_optimizer",
     ),
 )  # fmt: skip
 

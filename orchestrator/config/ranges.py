@@ -61,6 +61,15 @@ RULES: tuple[Rule, ...] = (
     ("zero.max_live_parameters", _at_least(0), "must be at least 0 elements"),
     ("zero.max_reuse_distance", _at_least(0), "must be at least 0 elements"),
     ("zero.sub_group_size", _at_least(1), "must be at least 1 element"),
+    ("offload.buffer_count", _at_least(1), "must be at least 1"),
+    ("offload.buffer_size", _at_least(1), "must be at least 1 element"),
+    (
+        "offload.aio.block_size",
+        lambda value: value > 0 and value % 4096 == 0,
+        "must be a multiple of 4096: the disk is read past the kernel's cache",
+    ),
+    ("offload.aio.queue_depth", _at_least(1), "must be at least 1"),
+    ("offload.aio.threads", _at_least(1), "must be at least 1"),
     ("fsdp.shard_size", _at_least(1), "must be at least 1"),
     ("tensor.size", _at_least(1), "must be at least 1"),
     ("pipeline.stages", _at_least(1), "must be at least 1"),
@@ -82,6 +91,8 @@ RULES: tuple[Rule, ...] = (
     ("cluster.nodes", _at_least(1), "must be at least 1"),
     ("cluster.cards_per_node", _at_least(0), "must be at least 0"),
     ("cluster.host_gib", _at_least(0), "must be at least 0"),
+    ("cluster.nvme_gib", _at_least(0), "must be at least 0"),
+    ("cluster.nvme_gb_per_s", _at_least(0), "must be at least 0"),
 )
 
 

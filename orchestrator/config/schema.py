@@ -34,6 +34,11 @@ class GradientDtype(Enum):
     fp32 = "fp32"
 
 
+class OffloadHome(Enum):
+    cpu = "cpu"
+    nvme = "nvme"
+
+
 class TuningKind(Enum):
     full = "full"
     lora = "lora"
@@ -152,22 +157,43 @@ class ZeroConf:
     stage: int | None = key(None, "ZeRO stage 0 to 3; null: no DeepSpeed (set by the group)")
     reduce_bucket: int | None = key(None, "bucket of gradient reduction; null: 50 M or the whole model if smaller", "elements")
     allgather_bucket: int | None = key(None, "bucket of weight gathering, stages 1 and 2; null: as reduce_bucket", "elements")
-    prefetch_bucket: int | None = key(None, "weights fetched ahead, stage 3; null: as reduce_bucket", "elements")
+    prefetch_bucket: int | None = key(None, "weights fetched ahead, stage 3; null: as reduce_bucket, 0 from NVMe", "elements")
     persistence_threshold: int | None = key(
         None, "smaller tensors stay whole on every rank, stage 3; null: 10 x hidden size, at most 100,000", "elements"
     )
     max_live_parameters: int = key(1_000_000_000, "gathered weights allowed on a card at once, stage 3", "elements")
-    max_reuse_distance: int = key(1_000_000_000, "weights used again within this distance stay gathered, stage 3", "elements")
-    sub_group_size: int = key(1_000_000_000, "weights updated at once, stage 3", "elements")
+    max_reuse_distance: int | None = key(
+        None, "weights used again within this distance stay gathered, stage 3; null: 1000 M, 0 from NVMe", "elements"
+    )
+    sub_group_size: int | None = key(
+        None, "weights updated at once, stage 3; null: 1000 M, 100 M with the optimizer on NVMe", "elements"
+    )
     gradients: GradientDtype = key(GradientDtype.compute, "format in which micro-batches are added up, stages 2 and 3")
     overlap_comm: bool = key(True, "reduce gradients while backward runs; a second bucket of memory")
 
 
 @dataclass
+class AioConf:
+    block_size: int = key(1_048_576, "NVMe: one request", "bytes")
+    queue_depth: int = key(8, "NVMe: requests under way at once in each thread", "requests")
+    threads: int = key(1, "NVMe: threads that share one transfer", "threads")
+    single_submit: bool = key(False, "NVMe: hand requests to the kernel one by one")
+    overlap_events: bool = key(True, "NVMe: submit requests before earlier ones are done")
+
+
+@dataclass
 class OffloadConf:
-    optimizer: bool = key(False, "optimizer states rest in host memory (set by the group)")
-    parameters: bool = key(False, "weights rest in host memory (set by the group)")
+    optimizer: bool = key(False, "optimizer states rest outside the card (set by the group)")
+    parameters: bool = key(False, "weights rest outside the card (set by the group)")
+    optimizer_home: OffloadHome = key(OffloadHome.cpu, "where offloaded optimizer states rest (set by the group)")
+    parameters_home: OffloadHome = key(OffloadHome.cpu, "where offloaded weights rest (set by the group)")
     pin_memory: bool | None = key(None, "page-lock what is offloaded; null: yes on cards, no on a CPU-only machine")
+    path: str | None = key(
+        None, "NVMe: folder on a local disk in which each job makes one of its own; null: .swap beside the run's folder"
+    )
+    buffer_count: int = key(8, "NVMe: weights in host memory on their way, for each rank", "tensors")
+    buffer_size: int | None = key(None, "NVMe: largest of them; null: a rank's part of the largest weight", "elements")
+    aio: AioConf = field(default_factory=AioConf)
 
 
 @dataclass
@@ -347,6 +373,8 @@ class ClusterConf:
     nodes: int = key(1, "machines")
     cards_per_node: int = key(0, "cards in one machine; 0 with cluster=local: as found")
     host_gib: float = key(0.0, "memory of one machine; 0: not stated", "GiB")
+    nvme_gib: float = key(0.0, "free space of its local disk; 0 with cluster=local: as found, else not stated", "GiB")
+    nvme_gb_per_s: float = key(0.0, "what that disk reads and writes, for all cards of the machine; 0: not stated", "GB/s")
     card: CardConf = field(default_factory=CardConf)
 
 

@@ -10,9 +10,13 @@ import contextlib
 import logging
 import math
 import os
+import secrets
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,16 @@ from torch import nn
 from orchestrator.data.batch import MicroBatch
 from orchestrator.engine import optimizers
 from orchestrator.engine.census import measure
+from orchestrator.engine.deepspeed_aio import load_op
+from orchestrator.engine.deepspeed_swap import (
+    SwappedStates,
+    disk_rows,
+    free_weight_buffers,
+    on_disk,
+    put_part,
+    swapper_of,
+    weight_buffers,
+)
 from orchestrator.engine.materialize import (
     StoredWeights,
     cast,
@@ -34,6 +48,7 @@ from orchestrator.engine.materialize import (
 )
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
 from orchestrator.engine.states import Fragment
+from orchestrator.engine.swap_folder import SwapFolder, claim
 from orchestrator.layout import Row, lower
 from orchestrator.spec import Home, RunSpec, Shard
 from orchestrator.units import TORCH_NAMES, ceil_div
@@ -88,7 +103,8 @@ class DeepSpeedEngine:
         self.spec, self.device, self.loss_sum = spec, device, loss_sum
         self.deepspeed = _import_deepspeed(device.type == "cpu")
         self.deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        self.config = lower(spec)
+        self.swap_folder = self._claim_swap_folder()
+        self.config = lower(self.spec)
         self.compute = getattr(torch, TORCH_NAMES[spec.precision.compute])
         self.shard = spec.strategy.shard
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
@@ -96,6 +112,20 @@ class DeepSpeedEngine:
         self.model: nn.Module
         self.engine: Any
         self.zero: Any
+        self.states: SwappedStates
+
+    def _claim_swap_folder(self) -> SwapFolder | None:
+        """A folder for this job where it swaps to NVMe, from now on the spec's path; rank 0 gives the job its name."""
+        nvme = self.spec.strategy.nvme
+        if nvme is None:
+            return None
+        load_op()
+        job = [f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"]
+        dist.broadcast_object_list(job, src=0)
+        claimed = claim(Path(nvme.path), job[0])
+        strategy = replace(self.spec.strategy, nvme=replace(nvme, path=str(claimed.path)))
+        self.spec = replace(self.spec, strategy=strategy)
+        return claimed
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -128,6 +158,7 @@ class DeepSpeedEngine:
                 dist_init_required=False,
             )
         self.model = model
+        self.states = SwappedStates(self.zero)
         if self.shard is Shard.NONE and self.compute != torch.float32:
             # The unfused half-precision optimizer steps once on zero gradients while it is made; undo that.
             self.zero.optimizer.state.clear()
@@ -157,7 +188,7 @@ class DeepSpeedEngine:
                 parameter.data = weights.read(name, 0, parameter.numel()).view(parameter.shape).to(self.device, self.compute)
                 continue
             start, stop = self._partition(parameter)
-            parameter.ds_tensor.data[: stop - start].copy_(weights.read(name, start, stop))
+            put_part(parameter, weights.read(name, start, stop))
 
     def _partition(self, parameter: Any) -> tuple[int, int]:
         """[start, stop) of this rank's part of the flattened parameter; parts are equal, the last is padded."""
@@ -236,12 +267,12 @@ class DeepSpeedEngine:
     def save(self) -> tuple[Iterator[Piece], dict[str, float]]:
         scale = float(getattr(self.zero, "cur_scale", 1.0)) if self.compute == torch.float16 else 1.0
         owned = self.shard is not Shard.NONE or self.rank == 0
-        pieces = optimizers.pieces(self.optimizer, self._fragments(), owned)
+        pieces = self.states.pieces(self.optimizer, self._masters(), self._fragments(), owned)
         return pieces, optimizers.scalars(self.optimizer, self.spec, scale)
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
-        optimizers.load(self.optimizer, self.spec, self._masters(), self._fragments(), read, scalars)
+        self.states.load(self.optimizer, self.spec, self._masters(), self._fragments(), read, scalars)
         self._publish(read)
         if self.compute == torch.float16 and hasattr(self.zero, "loss_scaler"):
             self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
@@ -251,7 +282,7 @@ class DeepSpeedEngine:
         for name, parameter in self._trained():
             if self.shard is Shard.PARAMETERS:
                 start, stop = self._partition(parameter)
-                parameter.ds_tensor.data[: stop - start].copy_(read(name, "weight", start, stop))
+                put_part(parameter, read(name, "weight", start, stop))
             else:
                 parameter.copy_(read(name, "weight", 0, parameter.numel()).view(parameter.shape))
 
@@ -269,24 +300,33 @@ class DeepSpeedEngine:
     def census(self) -> tuple[Row, ...]:
         line = "adapters" if any("lora_" in name for name, _ in self._trained()) else "weights"
         strategy = self.spec.strategy
-        optimizer_home, zero = strategy.optimizer_home, self.zero
+        optimizer_home, zero = strategy.optimizer_home.in_memory, self.zero
+        parameter_home = strategy.parameter_home.in_memory
         parameters: list[Any] = list(self.model.parameters())
         frozen = [p for p in parameters if not p.requires_grad]
         masters = self._masters()
         moments = optimizers.live_states(self.optimizer, optimizer_home)
         leaf_gradients = [p.grad for p in parameters]
         if self.shard is Shard.PARAMETERS:
-            return measure(
+            swapper = swapper_of(parameters)
+            swapped = [
+                (line if p.requires_grad else "frozen", p.nvme_swapper.get_path(p), self.compute)
+                for p in parameters
+                if on_disk(p)
+            ]
+            swapped += [(line, path, torch.float32) for line, path in self.states.files()]
+            return disk_rows(swapped) + measure(
                 [
-                    ("frozen", strategy.parameter_home, [p.ds_tensor for p in frozen]),
+                    ("frozen", parameter_home, [p.ds_tensor for p in frozen]),
                     ("scales", Home.GPU, scales(self.model)),
-                    (line, strategy.parameter_home, [p.ds_tensor for p in parameters if p.requires_grad]),
+                    (line, parameter_home, [p.ds_tensor for p in parameters if p.requires_grad]),
                     ("persistent", Home.GPU, [p.data for p in parameters if p.numel()]),
                     ("master", optimizer_home, masters),
                     *moments,
                     ("gradients", optimizer_home, [zero.grad_partitions_flat_buffer, *(m.grad for m in masters)]),
                     ("gradients", Home.GPU, leaf_gradients),
                     ("bucket", Home.GPU, [bucket.buffer for bucket in zero.ipg_buckets.values()]),
+                    ("staging", Home.CPU, weight_buffers(swapper) + self.states.buffers()),
                 ]
             )
         rows: list[tuple[str, Home, list[Any]]] = [
@@ -310,5 +350,9 @@ class DeepSpeedEngine:
         return measure(rows)
 
     def close(self) -> None:
+        swapper = swapper_of(self.model.parameters())
         self.engine.destroy()
+        free_weight_buffers(swapper)
+        if self.swap_folder is not None:
+            self.swap_folder.release()
         del self.engine, self.zero, self.model

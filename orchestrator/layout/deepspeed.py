@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.layout import swap
 from orchestrator.layout.moments import Held, moment_rows, update_buffer, whole
 from orchestrator.layout.rows import STEPPED, Buffer, Row
-from orchestrator.spec import ZERO_STAGES, Batch, Buckets, Engine, Home, Optimizer, Parameter, RunSpec, Shard, Strategy
+from orchestrator.spec import ZERO_STAGES, Batch, Buckets, Engine, Home, Nvme, Optimizer, Parameter, RunSpec, Shard, Strategy
 from orchestrator.units import align_up, ceil_div, dtype_bytes
 
 NEVER = 2**31 - 1
@@ -44,7 +45,8 @@ def rows(
     trainable, frozen, line = _split(table)
     moments = moment_rows(optimizer, _held(strategy, trainable), strategy.optimizer_home, _parts(strategy))
     if strategy.shard is Shard.PARAMETERS:
-        return _stage3_rows(strategy, trainable, frozen, line, compute, host_computes) + moments
+        at_rest = _stage3_rows(strategy, trainable, frozen, line, compute, host_computes, rank)
+        return at_rest if strategy.optimizer_home is Home.NVME else at_rest + moments
     if strategy.shard is Shard.NONE:
         return _stage0_rows(trainable, frozen, line, compute) + moments
     at_rest = _stage12_rows(strategy, trainable, frozen, line, compute) + moments
@@ -129,8 +131,9 @@ def _stage12_rows(
 
 
 def _stage3_rows(
-    strategy: Strategy, trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str, host_computes: bool
-) -> tuple[Row, ...]:
+    strategy: Strategy, trainable: list[Parameter], frozen: list[Parameter], line: str, compute: str, host_computes: bool,
+    rank: int,
+) -> tuple[Row, ...]:  # fmt: skip
     """Each parameter is split in `dp_shard` equal parts, padded one by one; small ones also stay whole on every rank, unless
     the only part already is the whole and rests on the device that computes (partition_parameters.py, NoGatherHandle)."""
     ranks, buckets = strategy.dp_shard, _buckets(strategy)
@@ -141,17 +144,34 @@ def _stage3_rows(
     kept_whole = sum(p.numel for p in (*trainable, *frozen) if p.numel <= buckets.persistence)
     if ranks == 1 and (parameter_home is Home.GPU or host_computes):
         kept_whole = 0
-    base = [
-        Row("frozen", compute, parameter_home, own_frozen, ranks),
-        Row(line, compute, parameter_home, own, ranks, padding),
+    if parameter_home is Home.NVME:
+        weights = (
+            *swap.weight_rows(strategy, frozen, "frozen", compute),
+            *swap.weight_rows(strategy, trainable, line, compute),
+        )
+    else:
+        weights = (
+            Row("frozen", compute, parameter_home, own_frozen, ranks),
+            Row(line, compute, parameter_home, own, ranks, padding),
+        )
+    if optimizer_home is Home.NVME:
+        states = swap.state_rows(strategy, trainable, rank)
+    else:
+        held = 0 if optimizer_home is Home.GPU else own
+        states = (
+            Row("master", MASTER, optimizer_home, own, ranks, padding),
+            Row("gradients", MASTER, optimizer_home, held, ranks, padding),  # fp32_partitioned_groups_flat[i].grad
+        )
+    return (
+        *weights,
         Row("persistent", compute, Home.GPU, kept_whole, since=STEPPED),
-        Row("master", MASTER, optimizer_home, own, ranks, padding),
-        Row("gradients", strategy.gradients or compute, optimizer_home, own, ranks, padding),  # grad_partitions_flat_buffer
+        *states,
+        Row(
+            "gradients", strategy.gradients or compute, optimizer_home.in_memory, own, ranks, padding
+        ),  # grad_partitions_flat_buffer
         Row("bucket", compute, Home.GPU, buckets.reduce),  # IPGBucketZ3.buffer
-    ]
-    if optimizer_home is not Home.GPU:
-        base.append(Row("gradients", MASTER, optimizer_home, own, ranks, padding))  # fp32_partitioned_groups_flat[i].grad
-    return tuple(base)
+        *swap.buffer_rows(strategy, trainable, compute),
+    )
 
 
 def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer) -> tuple[Buffer, ...]:
@@ -168,7 +188,14 @@ def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tup
     backward, step = ("backward",), ("step",)
     if strategy.shard is Shard.PARAMETERS:
         live = min(sum(p.numel for p in table), knobs.max_live + knobs.prefetch)
-        return (Buffer("gathered", Home.GPU, live * size, ("forward", *backward), "stage3.py max_live_parameters, prefetch"),)
+        if not (knobs.prefetch or knobs.max_reuse):  # each weight is fetched for its own layer and let go behind it
+            live = max((p.numel for p in table), default=0)
+        gathered = Buffer("gathered", Home.GPU, live * size, ("forward", *backward), "stage3.py max_live_parameters, prefetch")
+        if strategy.optimizer_home is not Home.NVME:
+            return (gathered,)
+        # A bucket's gradients are fp32 on the card before they go to the disk (_offload_grad_partition_at_boundary).
+        reduced = max(knobs.reduce, max((p.numel for p in trainable), default=0)) // ranks * 4
+        return (gathered, Buffer("bucket", Home.GPU, reduced, backward, "stage3.py partition_grads"))
     if strategy.shard is Shard.NONE:
         return (Buffer("gradients", Home.GPU, total * size, (*backward, *step), "engine.py allreduce_gradients"),)
     part = align_up(total, FLAT_ALIGNMENT * ranks) // ranks
@@ -210,7 +237,11 @@ def lower(spec: RunSpec) -> dict[str, Any]:
     for key, home in (("offload_optimizer", strategy.optimizer_home), ("offload_param", strategy.parameter_home)):
         if home is not Home.GPU:
             zero[key] = {"device": str(home), "pin_memory": strategy.pin_memory}
+        if home is Home.NVME:
+            zero[key] |= _swapping(strategy, key)
+    aio = {"aio": _requests(strategy.nvme)} if strategy.nvme is not None else {}
     return {
+        **aio,
         "train_batch_size": spec.batch.global_size,
         "train_micro_batch_size_per_gpu": spec.batch.micro,
         "gradient_accumulation_steps": spec.batch.accumulation,
@@ -232,6 +263,44 @@ def lower(spec: RunSpec) -> dict[str, Any]:
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
     }
+
+
+def _swapping(strategy: Strategy, key: str) -> dict[str, Any]:
+    """What `offload_optimizer` or `offload_param` says further where it means NVMe."""
+    nvme = strategy.nvme
+    assert nvme is not None, "a strategy with a home on NVMe says how it swaps"
+    if key == "offload_optimizer":
+        return {"nvme_path": nvme.path, "buffer_count": swap.STATE_BUFFERS, "fast_init": False}
+    return {"nvme_path": nvme.path, "buffer_count": nvme.buffer_count, "buffer_size": nvme.buffer_size, "max_in_cpu": 0}
+
+
+def _requests(nvme: Nvme) -> dict[str, Any]:
+    return {
+        "block_size": nvme.block_bytes,
+        "queue_depth": nvme.queue_depth,
+        "intra_op_parallelism": nvme.threads,
+        "single_submit": nvme.single_submit,
+        "overlap_events": nvme.overlap_events,
+        "use_gds": False,
+    }
+
+
+def _nvme_of(lowered: Mapping[str, Any]) -> Nvme | None:
+    """The inverse of `_swapping` and `_requests`; without parameters on NVMe their buffers read back as none."""
+    if "aio" not in lowered:
+        return None
+    zero, aio = lowered["zero_optimization"], lowered["aio"]
+    weights = zero.get("offload_param", {})
+    return Nvme(
+        path=zero["offload_optimizer"]["nvme_path"],
+        buffer_size=weights.get("buffer_size", 0),
+        buffer_count=weights.get("buffer_count", 0),
+        block_bytes=aio["block_size"],
+        queue_depth=aio["queue_depth"],
+        threads=aio["intra_op_parallelism"],
+        single_submit=aio["single_submit"],
+        overlap_events=aio["overlap_events"],
+    )
 
 
 def read_back(lowered: Mapping[str, Any]) -> tuple[Strategy, Batch, str, float]:
@@ -264,5 +333,6 @@ def read_back(lowered: Mapping[str, Any]) -> tuple[Strategy, Batch, str, float]:
             overlap_comm=zero["overlap_comm"],
         ),
         gradients=None if gradients == compute else gradients,
+        nvme=_nvme_of(lowered),
     )
     return strategy, batch, compute, lowered["gradient_clipping"]

@@ -7,10 +7,16 @@ from dataclasses import dataclass, replace
 
 from orchestrator.config import divisions
 from orchestrator.config.optimizer import suits
-from orchestrator.config.schema import FsdpConf, FsdpKind, ZeroConf
-from orchestrator.config.strategy import buckets, shard_size
+from orchestrator.config.schema import FsdpConf, FsdpKind, OffloadConf, OffloadHome, ZeroConf
+from orchestrator.config.strategy import buckets, homes, nvme, see_disk, shard_size
 from orchestrator.planner.device import CPU
 from orchestrator.spec import ZERO_STAGES, Batch, Engine, Home, RunSpec, Shard, Strategy, sizes_that_divide
+
+SWAPS = {
+    "nvme_optimizer": OffloadConf(optimizer=True, optimizer_home=OffloadHome.nvme),
+    "nvme": OffloadConf(optimizer=True, parameters=True, optimizer_home=OffloadHome.nvme, parameters_home=OffloadHome.nvme),
+}
+"""What the choices of `offload` that mean NVMe say."""
 
 RECOMPUTE = ("none", "full")
 TENSOR_SIZES = (2, 4)
@@ -32,7 +38,7 @@ def _with(spec: RunSpec, strategy: Strategy) -> RunSpec | None:
         return None
     micro = next(size for size in range(min(spec.batch.micro, share), 0, -1) if share % size == 0)
     batch = Batch(spec.batch.global_size, micro, share // micro)
-    return replace(spec, strategy=strategy, batch=batch)
+    return replace(spec, strategy=strategy, batch=batch, cluster=see_disk(spec.cluster, strategy.nvme))
 
 
 def _deepspeed(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
@@ -49,6 +55,26 @@ def _deepspeed(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
         yield f"zero=stage{stage} offload=optimizer", halfway
         if shard is Shard.PARAMETERS:
             yield f"zero=stage{stage} offload=cpu", replace(halfway, parameter_home=Home.CPU)
+            yield from _swapping(spec, halfway)
+
+
+def _swapping(spec: RunSpec, offloaded: Strategy) -> Iterator[tuple[str, Strategy]]:
+    """What rests on NVMe under ZeRO-3, unless config/checks.py refuses it."""
+    shape = spec.model.shape
+    if spec.tuning.form or spec.optimizer.name != "adamw" or spec.checkpoint.background or shape is None or not shape.known:
+        return
+    for choice, offload in SWAPS.items():
+        optimizer_home, parameter_home = homes(offload)
+        yield (
+            f"zero=stage3 offload={choice}",
+            replace(
+                offloaded,
+                optimizer_home=optimizer_home,
+                parameter_home=parameter_home,
+                buckets=buckets(ZeroConf(), shape, optimizer_home, parameter_home),
+                nvme=nvme(offload, shape, offloaded.dp_shard, spec.run.dir),
+            ),
+        )
 
 
 def _fsdp(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:

@@ -55,7 +55,9 @@ def choose(spec: RunSpec) -> Choice:
         MisfitError: none fits; names the one that is least short.
     """
     table = table_for(spec)
-    tried = candidates(spec, RECOMPUTE if spec.recompute == RECOMPUTE[0] else (spec.recompute,))
+    every = candidates(spec, RECOMPUTE if spec.recompute == RECOMPUTE[0] else (spec.recompute,))
+    # A disk wears under it: only who asks for NVMe gets it.
+    tried = tuple(candidate for candidate in every if candidate.spec.strategy.nvme is None)
     plans = [(candidate, by_layout(candidate.spec, table)) for candidate in tried]
     safe = [pair for pair in plans if pair[1].verdict == FITS] or [pair for pair in plans if pair[1].verdict != SHORT]
     if not safe:

@@ -44,6 +44,10 @@ HOST_MEMORY_GB_PER_S = 204.8
 GB/s a channel, JEDEC JESD79-4). Assumed, and shared by the cards of a machine; it decides how long an Adam step on the
 CPU takes."""
 
+NVME_GB_PER_S = 4.0
+"""What the local disk of a machine writes, and takes as its rate for reading too: a 3.84 TB data-centre drive on PCIe 4
+(Samsung PM9A3 data sheet: 4.0 written, 6.8 read). Assumed where the cluster states none; the cards of a machine share it."""
+
 NETWORK_GB_PER_S = 12.5
 """Link between machines where nothing else is stated: 100 Gbit/s Ethernet, shared by the cards of a machine. Assumed."""
 
@@ -111,6 +115,16 @@ def overhead(cluster: Cluster, ranks: int) -> Overhead:
 def process_bytes(cluster: Cluster, engine: Engine) -> int:
     """Host memory of one rank before any tensor."""
     return CPU_PROCESS_BYTES[engine] if cluster.card.name == CPU else HOST_PROCESS_BYTES
+
+
+def nvme_rate(cluster: Cluster) -> float:
+    """GB/s of its machine's disk for each rank."""
+    return (cluster.nvme_gb_per_s or NVME_GB_PER_S) / max(1, cluster.cards_per_node)
+
+
+def nvme_share(cluster: Cluster) -> int:
+    """Bytes of its machine's disk for each rank; 0 where the cluster does not state them."""
+    return cluster.nvme_bytes // max(1, cluster.cards_per_node)
 
 
 def host_share(cluster: Cluster) -> int:

@@ -159,7 +159,7 @@ def ranked(plans: Sequence[Plan]) -> list[Plan]:
     """Those that fit first, from the fastest to the slowest; then the others, from the least to the most short."""
 
     def order(made: Plan) -> tuple[bool, float, float]:
-        short = made.memory.short + made.host.short
+        short = made.memory.short + made.host.short + made.nvme.short
         return not made.fits, (short if short else made.seconds or 0.0), made.memory.used
 
     return sorted(plans, key=order)

@@ -74,7 +74,7 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
     largest_flat = spec.strategy.buckets.sub_group * 4 if spec.strategy.buckets else 0
     wasted = 0
     for line, size in lines.items():
-        if line == "moments":
+        if line == "moments" or (line == "staging" and spec.strategy.nvme is not None):  # locked as it is
             continue
         whole, rest = divmod(size, largest_flat) if largest_flat else (0, size)
         wasted += whole * waste(largest_flat) + waste(rest)
@@ -92,6 +92,11 @@ def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -
     return Room(need, device.host_share(spec.cluster))
 
 
+def _disk(spec: RunSpec, need: int) -> Room:
+    """NVMe of one rank; without need no limit."""
+    return Room(need, device.nvme_share(spec.cluster) if need else 0)
+
+
 def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
     notes = []
     if time is not None:
@@ -102,6 +107,12 @@ def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
         notes.append(f"no step time: the rates of the card {spec.cluster.card.name} are not known")
     if spec.cluster.card.name != device.CPU and not spec.cluster.host_bytes:
         notes.append("host memory is not held against a limit: cluster.host_gib states it")
+    if spec.strategy.nvme is not None:
+        if time is not None and not spec.cluster.nvme_gb_per_s:
+            rate = f"NVMe at {device.NVME_GB_PER_S:.1f} GB/s for each machine assumed"
+            notes.append(f"{rate}: cluster.nvme_gb_per_s states it, a run measures it")
+        if not spec.cluster.nvme_bytes:
+            notes.append("NVMe is not held against a limit: cluster.nvme_gib states it")
     if spec.strategy.ranks > spec.cluster.cards_per_node:
         notes.append(f"{device.NETWORK_GB_PER_S:.1f} GB/s assumed between machines")
     return tuple(notes)
@@ -156,7 +167,7 @@ def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int
     moments = card_moments(spec, table, shape_for(spec), rank, loss)
     fullest = largest(moments)
     elsewhere = {home: host_lines(spec, table, home, rank, shape_for(spec)) for home in (Home.CPU, Home.NVME)}
-    host, nvme = _host(spec, table, elsewhere[Home.CPU]), Room(sum(elsewhere[Home.NVME].values()), 0)
+    host, nvme = _host(spec, table, elsewhere[Home.CPU]), _disk(spec, sum(elsewhere[Home.NVME].values()))
     memory = _card(spec, fullest.bytes, align_up(fullest.bytes, LARGE_BLOCK))
     if spec.cluster.card.name == device.CPU:  # one memory holds both
         inside = sum(elsewhere[Home.CPU].values())
@@ -230,7 +241,7 @@ def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: 
         need = device.process_bytes(spec.cluster, spec.strategy.engine) + offloaded + _pinned(spec, table, lines)
         host = Room(need, device.host_share(spec.cluster))
     peak = Peak(result.peak_phase, f"{result.basis} trace", _largest_first(alive))
-    nvme = Room(layout.rest_bytes(Home.NVME), 0)
+    nvme = _disk(spec, layout.rest_bytes(Home.NVME))
     made = _assemble(spec, table, REHEARSAL, ledger, memory, peak, host, nvme)
     return replace(made, notes=(*made.notes, *notes))
 

@@ -34,7 +34,9 @@ def predicted(plan: Plan) -> str:
     speed = f", {plan.seconds:.2f} s a step" if plan.seconds is not None else ""
     tight = ", tight" if plan.verdict == TIGHT else ""
     host = f", {format_bytes(plan.host.need)} of host memory" if on_card and plan.offloads else ""
-    return f"{used} of {limit} {where}{tight}{host}, peak in {plan.peak.phase} ({plan.peak.what}){speed}; from the {plan.basis}"
+    disk = f", {format_bytes(plan.nvme.need)} on NVMe for each rank" if plan.nvme.need else ""
+    peak = f"peak in {plan.peak.phase} ({plan.peak.what})"
+    return f"{used} of {limit} {where}{tight}{host}{disk}, {peak}{speed}; from the {plan.basis}"
 
 
 def misfit(plan: Plan) -> Fault:
@@ -42,7 +44,8 @@ def misfit(plan: Plan) -> Fault:
     largest = ", ".join(f"{line} {format_bytes(count)}" for line, count in plan.peak.alive[:3])
     need = f"{format_bytes(plan.memory.used)} needed, {format_bytes(plan.memory.limit)} there ({largest})"
     if not plan.memory.short:
-        need = f"{format_bytes(plan.host.need)} needed, {format_bytes(plan.host.limit)} there"
+        room = plan.host if plan.host.short else plan.nvme
+        need = f"{format_bytes(room.need)} needed, {format_bytes(room.limit)} there"
     remedy = "\n    -> ".join(fix.sentence for fix in plan.fixes) or "take more or larger cards, or a smaller model"
     remedy += "\n    -> plan.on_misfit=warn runs it all the same"
     return Fault(f"{plan.words} on {plan.cluster}", f"{plan.shortfall}: {need}", remedy)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from orchestrator.layout.moments import hidden_matrix
 from orchestrator.planner.activations import FP32, Sizes, activations, recomputed, sizes
-from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, rates
+from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, nvme_rate, rates
 from orchestrator.planner.traffic import Traffic, traffic
 from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec, divided_table
 from orchestrator.units import dtype_bytes
@@ -62,7 +62,8 @@ class StepTime:
     """Seconds of one optimizer step on the slowest part of the way; `total` is their sum.
 
     `compute` is forward and backward, `recompute` the forward that is run again, `communication` and `offload` only
-    what computing does not hide, `update` the optimizer. `overlapped` is communication that computing hides: not in the sum.
+    what computing does not hide, `update` the optimizer, `nvme` the disk. `overlapped` is communication that computing hides:
+    not in the sum.
     """
 
     compute: float
@@ -71,10 +72,11 @@ class StepTime:
     offload: float
     update: float
     overlapped: float
+    nvme: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.recompute + self.communication + self.offload + self.update
+        return self.compute + self.recompute + self.communication + self.offload + self.update + self.nvme
 
     def parts(self) -> dict[str, float]:
         """Seconds by part, in the order of the sum."""
@@ -84,6 +86,7 @@ class StepTime:
             "communication": self.communication,
             "offload": self.offload,
             "update": self.update,
+            "NVMe": self.nvme,
         }
 
 
@@ -207,4 +210,5 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
         offload=host,
         update=_update(spec, table, moved),
         overlapped=hidden,
+        nvme=(moved.disk_read + moved.disk_written) / (nvme_rate(spec.cluster) * GIGA),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.layout import lay_out
 from orchestrator.layout.moments import hidden_matrix
 from orchestrator.spec import (
     Division,
@@ -35,7 +36,7 @@ class Traffic:
     `forward` and `backward` are sent while blocks compute, `boundary` between the backward and the next forward, where
     nothing computes; `tensor` stays inside a tensor-parallel group, whose next product waits for it. `fetched` and
     `returned` cross the link to the host, of an offload; `updated` are elements that
-    the CPU updates.
+    the CPU updates. `disk_read` and `disk_written` cross to and from NVMe.
     """
 
     forward: int = 0
@@ -45,6 +46,8 @@ class Traffic:
     fetched: int = 0
     returned: int = 0
     updated: int = 0
+    disk_read: int = 0
+    disk_written: int = 0
 
     @property
     def sent(self) -> int:
@@ -80,7 +83,26 @@ def _deepspeed(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     fetched = back
     if strategy.parameter_home is not Home.GPU:
         fetched += 2 * micro * sharded // ranks * c
-    return Traffic(gather * micro, (gather + reduce) * micro, fetched=fetched, returned=back * micro, updated=update)
+    read, written = _swapped(spec, table)
+    return Traffic(
+        gather * micro, (gather + reduce) * micro, fetched=fetched, returned=back * micro, updated=update, disk_read=read,
+        disk_written=written,
+    )  # fmt: skip
+
+
+def _swapped(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
+    """(read, written) on NVMe. A weight is read for the forward, for the backward and for a forward that is run again, and
+    written once; states and gradients are read for the update and written before or after it."""
+    held: dict[str, int] = {}
+    if spec.strategy.nvme is None:
+        return 0, 0
+    for row in lay_out(spec, table).rows:
+        if row.home is Home.NVME:
+            held[row.line] = held.get(row.line, 0) + row.bytes
+    passes = (2 if spec.recompute == "none" else 3) * spec.batch.accumulation
+    frozen, weights = held.pop("frozen", 0), held.pop("weights", 0) + held.pop("adapters", 0)
+    states = sum(held.values())
+    return passes * (frozen + weights) + states, weights + states
 
 
 def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:

@@ -32,7 +32,7 @@ def columns_that_differ(plans: Sequence[Plan]) -> list[str]:
 def verdict(plan: Plan) -> Text:
     """The verdict in its colour, with what is missing."""
     missing = plan.memory.short or plan.host.short or plan.nvme.short
-    where = "" if plan.memory.short or not missing else " host"
+    where = "" if plan.memory.short or not missing else " host" if plan.host.short else " NVMe"
     text = plan.verdict if plan.fits else f"{format_bytes(missing)} short{where}"
     return Text(text, style=COLOURS[plan.verdict])
 
@@ -92,7 +92,8 @@ def _memory(plan: Plan) -> RenderableType:
         limit = f"of {format_bytes(plan.host.limit)}" if plan.host.limit else "no limit stated"
         table.add_row("host, each rank", format_bytes(plan.host.need), limit)
     if plan.nvme.need:
-        table.add_row("NVMe, each rank", format_bytes(plan.nvme.need), "")
+        limit = f"of {format_bytes(plan.nvme.limit)}" if plan.nvme.limit else "no limit stated"
+        table.add_row("NVMe, each rank", format_bytes(plan.nvme.need), limit)
     return table
 
 

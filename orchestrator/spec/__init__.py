@@ -35,13 +35,13 @@ from orchestrator.spec.run import (
     Source,
     Tuning,
 )
-from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Shard, Strategy
+from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Nvme, Shard, Strategy
 
 __all__ = [
     "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card",
     "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Home", "Kubernetes", "Logging", "Loss",
-    "Model", "ModelShape", "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard", "Slurm",
-    "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table", "division", "expand_targets",
+    "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule", "Shard",
+    "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table", "division", "expand_targets",
     "from_json", "parameters", "quantised", "scale_elements", "sizes_that_divide", "stored", "stored_shape", "to_json",
     "widths", "with_lora",
 ]  # fmt: skip

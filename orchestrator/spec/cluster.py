@@ -23,13 +23,16 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`nodes` machines with `cards_per_node` cards each; `host_bytes` is the RAM of one machine (0 = not stated)."""
+    """`nodes` machines with `cards_per_node` cards each; `host_bytes` is the RAM of one machine, `nvme_bytes` what its
+    local disk has free and `nvme_gb_per_s` how fast that reads and writes, shared by its cards (0 = not stated)."""
 
     name: str
     nodes: int
     cards_per_node: int
     card: Card
     host_bytes: int = 0
+    nvme_bytes: int = 0
+    nvme_gb_per_s: float = 0.0
 
     @property
     def cards(self) -> int:

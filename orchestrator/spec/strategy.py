@@ -28,6 +28,11 @@ class Home(StrEnum):
     CPU = "cpu"
     NVME = "nvme"
 
+    @property
+    def in_memory(self) -> Home:
+        """Where that rests which cannot be on a disk: the host for what otherwise is on NVMe."""
+        return Home.CPU if self is Home.NVME else self
+
 
 ZERO_STAGES: dict[int, Shard] = {0: Shard.NONE, 1: Shard.OPTIMIZER, 2: Shard.GRADIENTS, 3: Shard.PARAMETERS}
 
@@ -47,13 +52,32 @@ class Buckets:
 
 
 @dataclass(frozen=True, slots=True)
+class Nvme:
+    """How DeepSpeed swaps to a local disk. `path`: the folder in which a job makes one of its own.
+
+    `block_bytes` go into one request, `queue_depth` requests are under way at once in each of `threads`. `single_submit` hands
+    them to the kernel one by one, `overlap_events` submits new ones before the old are done (deepspeed/ops/csrc/aio).
+    `buffer_count` buffers of `buffer_size` elements in page-locked host memory take the weights that are being moved.
+    """
+
+    path: str
+    buffer_size: int
+    buffer_count: int = 8
+    block_bytes: int = 2**20
+    queue_depth: int = 8
+    threads: int = 1
+    single_submit: bool = False
+    overlap_events: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Strategy:
     """One way to spread a run over ranks = dp_replicate × dp_shard × tp, `tp` turning fastest: rank r is number r % tp of its
     tensor-parallel group, whose ranks see the same samples and each hold a part of every matrix (`spec/division.py`).
 
     `reshard_after_forward` is FSDP2's: False keeps the gathered weights from forward to backward. It is not ZeRO-2:
-    the weights still rest sharded. `buckets` is set for DeepSpeed alone. `gradients` is the dtype in which ZeRO-2 and 3 add
-    up micro-batches; None: the compute dtype. FSDP2 and the plain engine add up in fp32.
+    the weights still rest sharded. `buckets` is set for DeepSpeed alone, `nvme` where a home is NVMe. `gradients` is the dtype
+    in which ZeRO-2 and 3 add up micro-batches; None: the compute dtype. FSDP2 and the plain engine add up in fp32.
     """
 
     engine: Engine
@@ -67,6 +91,7 @@ class Strategy:
     reshard_after_forward: bool = True
     buckets: Buckets | None = field(default=None)
     gradients: str | None = None
+    nvme: Nvme | None = None
 
     @property
     def dp(self) -> int:
@@ -98,5 +123,6 @@ class Strategy:
         if self.tp > 1:
             name = f"{name}-tp{self.tp}".lstrip("-")
         if self.parameter_home is not Home.GPU:
-            return f"{name}-{self.parameter_home}"
+            apart = "" if self.optimizer_home is self.parameter_home else f"-{self.optimizer_home}_optimizer"
+            return f"{name}-{self.parameter_home}{apart}"
         return name if self.optimizer_home is Home.GPU else f"{name}-{self.optimizer_home}_optimizer"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 import shutil
 import time
 
@@ -55,6 +56,16 @@ REFUSALS = [
     ("fsdp=full_shard offload=optimizer", 2, ["FSDP2 offloads parameters, gradients and optimizer together", "offload=cpu"]),
     ("zero=stage3 offload.parameters=true", 2, ["only together with the optimizer", "offload=cpu"]),
     ("zero=stage3 offload=cpu offload.pin_memory=true", 2, ["no accelerator"]),
+    ("zero=stage2 offload=nvme", 2, ["offload=nvme with zero=stage2", "only DeepSpeed's stage 3", "zero=stage3 offload=nvme"]),
+    ("fsdp=full_shard offload=nvme_optimizer", 2, ["zero=none fsdp=full_shard", "zero=stage3 offload=nvme_optimizer"]),
+    ("zero=stage3 offload=nvme offload.optimizer_home=cpu", 2, ["only together with the optimizer", "offload=nvme_optimizer"]),
+    ("zero=stage3 offload=nvme zero.prefetch_bucket=9 zero.max_reuse_distance=9", 2, ["neither fetched ahead", "leave it out"]),
+    ("zero=stage3 offload=nvme offload.buffer_size=9", 2, ["9 elements", "largest weight has", "leave it out"]),
+    ("zero=stage3 offload=nvme zero.persistence_threshold=9000000", 2, ["stay on the card", "would go to NVMe", "or less"]),
+    ("zero=stage3 offload=nvme optimizer=lion", 2, ["with AdamW's alone", "optimizer=adamw, or offload=cpu"]),
+    ("zero=stage3 offload=nvme tuning=qlora", 2, ["a packed base", "offload=cpu or offload=none"]),
+    ("zero=stage3 offload=nvme checkpoint.background=true", 2, ["copies into host memory", "set it to false"]),
+    ("zero=stage3 offload=cpu offload.path=/tmp offload.aio.threads=2", 2, ["would have no effect", "add offload=nvme"]),
     ("model=tiny", 2, ["2 ranks run, but zero=none and fsdp=none", "zero=stage2 or fsdp=full_shard"]),
     ("zero=stage3 cluster=4xa10", 2, ["2 processes run, but cluster=4xa10 has 4 cards", "--nproc-per-node=4"]),
     ("zero=stage3 cluster=4xa10", 1, ["1 process runs, but cluster=4xa10 has 4 cards"]),
@@ -170,6 +181,11 @@ OUT_OF_RANGE = [
     ("zero.max_live_parameters", -1, "must be at least 0 elements"),
     ("zero.max_reuse_distance", -1, "must be at least 0 elements"),
     ("zero.sub_group_size", 0, "must be at least 1 element"),
+    ("offload.buffer_count", 0, "must be at least 1"),
+    ("offload.buffer_size", 0, "must be at least 1 element"),
+    ("offload.aio.block_size", 5000, "must be a multiple of 4096: the disk is read past the kernel's cache"),
+    ("offload.aio.queue_depth", 0, "must be at least 1"),
+    ("offload.aio.threads", 0, "must be at least 1"),
     ("fsdp.shard_size", 0, "must be at least 1"),
     ("tensor.size", 0, "must be at least 1"),
     ("pipeline.stages", 0, "must be at least 1"),
@@ -186,6 +202,8 @@ OUT_OF_RANGE = [
     ("cluster.nodes", 0, "must be at least 1"),
     ("cluster.cards_per_node", -1, "must be at least 0"),
     ("cluster.host_gib", -1.0, "must be at least 0"),
+    ("cluster.nvme_gib", -1.0, "must be at least 0"),
+    ("cluster.nvme_gb_per_s", -1.0, "must be at least 0"),
 ]  # fmt: skip
 
 
@@ -200,7 +218,7 @@ def test_single_values_have_ranges(tiny, path, value, rule):
     conf = copy.deepcopy(tiny)
     assert range_faults(conf) == []
     section, _, leaf = path.rpartition(".")
-    setattr(getattr(conf, section) if section else conf, leaf, value)
+    setattr(operator.attrgetter(section)(conf) if section else conf, leaf, value)
     (fault,) = range_faults(conf)
     assert fault.field == path and f"{path}={value} {rule}" in fault.problem
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import (
+from contract.cases import (
     GLOBAL_SIZE,
     QUANTISED,
     STEPS,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from contract.cases import Case, all_cases, run_spec
-from strategies import strategies
+from strategies import strategies, swapping
 
 from orchestrator.errors import LayoutDrift
 from orchestrator.layout import (
@@ -27,19 +27,20 @@ from orchestrator.layout import (
     parameter_table,
     read_back,
 )
-from orchestrator.spec import Buckets, Engine, Home, Shard, Strategy
+from orchestrator.spec import ROOT, Buckets, Engine, Home, Parameter, Shard, Strategy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-ROOT = Path(__file__).parents[2]
+PROJECT = Path(__file__).parents[2]
 
 
 def spec_of(name: str, tuning: str = "full", compute: str = "bf16", ranks: int = 4) -> Any:
-    return run_spec(Case(name, tuning, compute, 1), ranks)
+    own = swapping(ranks).get(name)
+    return run_spec(Case("zero3" if own else name, tuning, compute, 1), ranks, own)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_what_is_lowered_reads_back_as_it_was(ranks: int) -> None:
-    for name, strategy in strategies(max(2, ranks)).items():
+    for name, strategy in (strategies(max(2, ranks)) | swapping(max(2, ranks))).items():
         for compute in ("fp32", "bf16", "fp16"):
             spec = spec_of(name, compute=compute, ranks=max(2, ranks))
             found, batch, dtype, clip = read_back(json.loads(json.dumps(lower(spec))))
@@ -56,7 +57,7 @@ def test_what_is_lowered_reads_back_as_it_was(ranks: int) -> None:
             assert (found, batch, dtype, clip) == (expected, spec.batch, compute, spec.optimizer.clip)
 
 
-@pytest.mark.parametrize("name", [*strategies(4), "plain"])
+@pytest.mark.parametrize("name", [*strategies(4), *swapping(4), "plain"])
 def test_golden_lowering(name: str) -> None:
     spec = replace(spec_of("zero1"), strategy=Strategy(Engine.PLAIN, Shard.NONE)) if name == "plain" else spec_of(name)
     hold(name, spec)
@@ -77,7 +78,7 @@ def hold(name: str, spec: Any) -> None:
     assert path.read_text() == text, f"the lowering of {name} changed; if that was meant, run again with UPDATE_GOLDEN=1"
 
 
-@pytest.mark.parametrize("name", [name for name, s in strategies(4).items() if s.engine is Engine.DEEPSPEED])
+@pytest.mark.parametrize("name", [name for name, s in (strategies(4) | swapping(4)).items() if s.engine is Engine.DEEPSPEED])
 def test_deepspeeds_own_config_model_takes_it(name: str) -> None:
     """In a process of its own: DeepSpeed's config reads the world size from the environment."""
     code = (
@@ -126,6 +127,21 @@ def test_a_quantised_base_rests_packed_and_its_scales_whole() -> None:
         assert (held["scales", "uint8"].elements, held["scales", "fp32"].elements) == (36, 256 + 1 + 1)
 
 
+def test_swapped_bytes_are_those_of_the_parts() -> None:
+    """Two ranks, fp32: a head of 2 MiB a rank is swapped and a norm stays; states move together, in units of 1,024 bytes."""
+    spec = spec_of("zero3_nvme", compute="fp32", ranks=2)
+    head, norm = Parameter("lm_head.weight", (2048, 512), ROOT), Parameter("model.norm.weight", (510,), ROOT)
+    rows = {(row.line, row.home): row for row in lay_out(spec, [head, norm]).rows if row.line in ("weights", "master")}
+    assert rows["weights", Home.NVME].elements == 1024 * 512
+    assert rows["weights", Home.CPU].elements == 255
+    assert rows["master", Home.NVME].elements == 1024 * 512 + 256
+    assert rows["master", Home.CPU].elements == 0
+    for limit in (1, 1024 * 512):  # the norm's sub-group is too small to move
+        parted = replace(spec, strategy=replace(spec.strategy, buckets=replace(spec.strategy.buckets, sub_group=limit)))
+        rows = {(row.line, row.home): row for row in lay_out(parted, [head, norm]).rows if row.line == "master"}
+        assert (rows["master", Home.NVME].elements, rows["master", Home.CPU].elements) == (1024 * 512, 255)
+
+
 def test_states_shrink_with_the_stage() -> None:
     """ZeRO's promise (arXiv:1910.02054, figure 1): 16 bytes a parameter, less with each stage."""
     held = []
@@ -157,7 +173,7 @@ def test_transformers_trainer_takes_the_deepspeed_json(tmp_path: Path) -> None:
         [sys.executable, "-W", "ignore", str(Path(__file__).with_name("trainer_peer.py")), str(tmp_path)],
         text=True, capture_output=True, timeout=300, cwd=tmp_path,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677", "PYTHONPATH": str(ROOT)},
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677", "PYTHONPATH": str(PROJECT)},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "TRAINED 2 DeepSpeedZeroOptimizer" in ended.stdout
