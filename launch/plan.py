@@ -11,17 +11,19 @@ from pathlib import Path
 # This clone, also where another one is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.config import run_app
+from orchestrator.config import compose, run_app
 
 
 def plan(overrides: list[str]) -> int:
     """Predict, print, and return the exit code."""
     from rich.console import Console
 
+    from orchestrator.cluster.local import local_cluster
     from orchestrator.errors import MisfitError
     from orchestrator.planner.planning import AUTO, BASES, plan
     from orchestrator.report import plans
     from orchestrator.report.arguments import choices
+    from orchestrator.report.lengths import brief
 
     values, rest = choices(overrides, {"format": ("text", "json"), "basis": BASES}, {"format": "text", "basis": AUTO})
     with Console(stderr=True).status("planning"):
@@ -30,6 +32,8 @@ def plan(overrides: list[str]) -> int:
         print(json.dumps(made.to_json(), indent=2))
     else:
         plans.show(plans.one(made))
+        for line in brief(compose(rest, local=local_cluster, strict=False)):
+            print(line)
     return 0 if made.fits else MisfitError.exit_code
 
 

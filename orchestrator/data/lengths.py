@@ -33,6 +33,12 @@ class Limit:
     rows: int
     fill: float
 
+    def sentence(self) -> str:
+        """One line for a plan."""
+        cut = f"{self.longer} rows are longer, {self.lost} of their tokens are cut" if self.longer else "no row is longer"
+        saved = f"unpacked {self.padding:.1%} is padding, packed into {self.rows} rows {1 - self.fill:.1%}"
+        return f"at seq_len {self.seq_len} {cut}; {saved}"
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
@@ -43,6 +49,10 @@ class Lengths:
     percentiles: tuple[tuple[int, int], ...]
     longest: int
     limits: tuple[Limit, ...]
+
+    def own(self, seq_len: int) -> Limit:
+        """The limit of that seq_len."""
+        return next(limit for limit in self.limits if limit.seq_len == seq_len)
 
     def sentence(self) -> str:
         """One line for a plan."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.data.chat import Chat, open_chat, resolve_template
 from orchestrator.data.conversation import EXPECTED, PASSAGES, Malformed, detect_format
-from orchestrator.data.crew import crew_size, encode_all
+from orchestrator.data.crew import WORTH_PROCESSES, crew_size, encode_all
 from orchestrator.data.encode import Chunk, Encoder
 from orchestrator.data.prepared import REPORT_FILE, Prepared, open_prepared
 from orchestrator.data.records import Record, decoded
@@ -61,6 +61,19 @@ def cache_folder() -> Path:
 def prepared_folder(data: Data, prepared: Prepared) -> Path:
     """Where `prepared`, made from `data`, lies."""
     return (Path(data.cache_dir).expanduser() if data.cache_dir else cache_folder()) / prepared.digest
+
+
+def is_quick(data: Data, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `prepare` would answer in seconds: the data is little, or was prepared before.
+
+    Raises:
+        DataError: a file is missing or cannot be read.
+    """
+    parts = find_parts(data)
+    if all(part.path is not None for part in parts) and sum(part.size for part in parts) < WORTH_PROCESSES:
+        return True
+    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else cache_folder()
+    return (cache_dir / _digest(parts, data, tokenizer, cache_dir)).is_dir()
 
 
 def prepare(

@@ -12,10 +12,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.data.lengths import Lengths, histogram
+from orchestrator import data
+from orchestrator.data.lengths import Lengths, histogram, measure
+from orchestrator.data.preparation import is_quick, prepared_folder
 from orchestrator.data.prepared import Prepared
 from orchestrator.data.store import UNLEARNED
+from orchestrator.errors import DataError
 from orchestrator.report.plan_picture import write
+from orchestrator.spec import RunSpec
 
 BARS, BAR_WIDTH = 16, 44
 LEARNED, READ, CONTROL = "bold green", "dim", "magenta"
@@ -63,6 +67,28 @@ def overview(folder: Path, found: Lengths, prepared: Prepared) -> RenderableType
         Text(""),
         limits(found, prepared.seq_len),
     )
+
+
+def brief(spec: RunSpec) -> list[str]:
+    """A few lines about the data for a plan: none for the built-in sample, and no long tokenising."""
+    wanted = spec.data
+    if wanted.path is None and not wanted.sources:
+        return []
+    try:
+        tokenizer = data.load_tokenizer(wanted, spec.model.path, trust_remote_code=spec.model.trust_remote_code)
+        if not is_quick(wanted, tokenizer):
+            return [
+                "data     not tokenised yet: launch/lengths.py with the same arguments does, and tells how long the samples are"
+            ]
+        prepared = data.prepare(wanted, tokenizer, spec.seed, data.cache_folder())
+    except DataError as error:
+        return [f"data     not looked at: {error.faults[0].problem}"]
+    found = measure(prepared_folder(wanted, prepared), prepared, spec.batch, spec.seed)
+    return [
+        f"data     {prepared.report.sentence()}",
+        f"lengths  {found.sentence()}",
+        f"         {found.own(wanted.seq_len).sentence()}",
+    ]
 
 
 def chosen(prepared: Prepared, count: int) -> list[int]:
@@ -127,7 +153,7 @@ def draw(folder: Path, found: Lengths, prepared: Prepared, samples: Sequence[int
     above.set_xlim(
         0, max(shown[-1][0] + shown[0][1] + 1, prepared.seq_len * 1.15 if prepared.seq_len < 2 * found.longest else 0)
     )
-    own = next(limit for limit in found.limits if limit.seq_len == prepared.seq_len)
+    own = found.own(prepared.seq_len)
     above.set_title(
         f"{found.sentence()}\n{own.longer} longer than {own.seq_len}; unpacked {own.padding:.1%} padding, packed "
         f"{own.rows} rows {own.fill:.2%} full", fontsize=10,

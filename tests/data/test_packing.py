@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 
 from orchestrator.config import compose
 from orchestrator.data import IGNORED, MicroBatch, Prepared, eval_batches, load_tokenizer, prepare, steps, steps_per_epoch
@@ -152,6 +154,17 @@ def test_the_loss_per_token_and_its_gradient_are_the_same_packed_and_unpacked(pa
     assert rows < samples / 3
     assert packed_loss == pytest.approx(loss, rel=1e-6, abs=1e-6)
     assert packed_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_every_engine_gives_the_loss_and_gradient_of_the_unpacked_reference(tmp_path: Path) -> None:
+    ended = run_ranks(Path(__file__).with_name("packing_worker.py"), [str(tmp_path)], ranks=2, timeout=300)
+    assert [code for code, _ in ended] == [0, 0], ended
+    found = json.loads((tmp_path / "found.json").read_text())
+    loss, norm = found.pop("plain")
+    assert sorted(found) == ["fsdp=full_shard", "plain, packed", "zero=stage2", "zero=stage3"]
+    for words, (packed_loss, packed_norm) in found.items():
+        assert packed_loss == pytest.approx(loss, rel=1e-6), words
+        assert packed_norm == pytest.approx(norm, rel=1e-5), words
 
 
 def test_rows_of_a_real_file_are_full(shared_data: Path, shared_tokenizer_path: Path, tmp_path: Path) -> None:
