@@ -53,7 +53,7 @@ class LossGivingHead(Protocol):
 class Piece:
     """A contiguous run of one flattened tensor of the training state, or some columns of some of its rows, held by this rank.
 
-    `name` is the parameter's, `kind` one of "weight" (the master), "exp_avg", "exp_avg_sq"; `start` is the offset of
+    `name` is the parameter's, `kind` "weight" (the master) or a state of the optimizer; `start` is the offset of
     `data[0]` in the flattened parameter; `shape` is the parameter's global shape. `owned` is False where another rank
     holds the same elements and saves them. With `columns` [first, last), `data` holds these of each row, row after row.
     """
