@@ -218,6 +218,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         export=spec.Export(conf.export.format.value, conf.export.merge),
         logging=spec.Logging(conf.logging.every, conf.logger.tracker.value),
         plan=spec.Planning(conf.plan.on_misfit.value),
+        health=spec.Health(conf.health.on_nonfinite.value, conf.health.nonfinite_limit),
         loss=computing.build_loss(conf.loss, model),
         recompute_every=conf.recompute.every,
         attention=conf.attention.kind.value,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.config.schema import FsdpKind, LossKind, OptimizerName, RecomputeKind, RootConf, TuningKind
+from orchestrator.config.schema import FsdpKind, LossKind, OnNonfinite, OptimizerName, RecomputeKind, RootConf, TuningKind
 from orchestrator.config.strategy import homes
 from orchestrator.errors import Fault
 from orchestrator.spec import Home
@@ -54,6 +54,12 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.offload.optimizer or conf.offload.parameters,
         "offload=none moves nothing to host memory",
         "add offload=cpu or offload=optimizer",
+    ),
+    (
+        ("health.nonfinite_limit",),
+        lambda conf: conf.health.on_nonfinite is OnNonfinite.skip,
+        "health.on_nonfinite=stop ends the run at the first",
+        "use health.on_nonfinite=skip",
     ),
     (
         ("optimizer.betas",),

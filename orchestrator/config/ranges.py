@@ -78,6 +78,7 @@ RULES: tuple[Rule, ...] = (
     ("recompute.every", _at_least(2), "must be at least 2: with 1 it is recompute=full"),
     ("loss.chunk", _at_least(1), "must be at least 1"),
     ("eval.every", _at_least(0), "must be at least 0 (0: none)"),
+    ("health.nonfinite_limit", _at_least(1), "must be at least 1"),
     ("logging.every", _at_least(1), "must be at least 1"),
     ("model.vocab_size", _positive, "must be above 0"),
     ("model.hidden_size", _positive, "must be above 0"),

@@ -134,6 +134,11 @@ class Tracker(Enum):
     wandb = "wandb"
 
 
+class OnNonfinite(Enum):
+    skip = "skip"
+    stop = "stop"
+
+
 class OnMisfit(Enum):
     refuse = "refuse"
     warn = "warn"
@@ -409,6 +414,12 @@ class LoggerConf:
 
 
 @dataclass
+class HealthConf:
+    on_nonfinite: OnNonfinite = key(OnNonfinite.skip, "a step whose loss or gradient is not finite: skip its update, or stop")
+    nonfinite_limit: int = key(10, "skipped steps in a row that end the run", "steps")
+
+
+@dataclass
 class PlanConf:
     on_misfit: OnMisfit = key(OnMisfit.refuse, "what to do when the run is not expected to fit")
 
@@ -474,6 +485,7 @@ class RootConf:
     export: ExportConf = field(default_factory=ExportConf)
     logging: LoggingConf = field(default_factory=LoggingConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
+    health: HealthConf = field(default_factory=HealthConf)
     plan: PlanConf = field(default_factory=PlanConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
     kubernetes: KubernetesConf = field(default_factory=KubernetesConf)

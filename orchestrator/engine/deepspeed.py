@@ -222,11 +222,15 @@ class DeepSpeedEngine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         finite = math.isfinite(grad_norm)
+        kept = [(group, group["params"]) for group in self.optimizer.param_groups]
         if not finite:
             for gradient in gradients:
-                gradient.zero_()
-            optimizers.set_lr(self.optimizer, 0.0)
+                gradient.zero_()  # the engine clips them
+            for group, _ in kept:
+                group["params"] = []  # neither weights nor states
         self.engine.step()
+        for group, parameters in kept:
+            group["params"] = parameters
         return StepResult(grad_norm, finite)
 
     # The training state ------------------------------------------------------------------------------------------

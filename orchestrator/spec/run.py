@@ -177,6 +177,15 @@ class Logging:
 
 
 @dataclass(frozen=True, slots=True)
+class Health:
+    """`on_nonfinite` "skip": a step whose loss or gradient is not finite updates nothing, and `nonfinite_limit` of them in a
+    row end the run; "stop": the first ends it, gradients that overflow under fp16's loss scaling apart."""
+
+    on_nonfinite: str = "skip"
+    nonfinite_limit: int = 10
+
+
+@dataclass(frozen=True, slots=True)
 class Planning:
     """`on_misfit` "refuse", "warn" or "ignore"."""
 
@@ -209,3 +218,4 @@ class RunSpec:
     loss: Loss = Loss()
     recompute_every: int = 2
     attention: str = "sdpa"
+    health: Health = Health()

@@ -46,6 +46,10 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.path / "ledger.json"
 
+    def memory_end(self, rank: int) -> Path:
+        """What `rank` held when it ran out of memory."""
+        return self.path / f"memory-end-rank-{rank:05d}.json"
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"

@@ -13,17 +13,15 @@ import torch.distributed as dist
 
 from orchestrator.data.batch import IGNORED, MicroBatch, StepBatch
 from orchestrator.engine.protocol import Engine
-from orchestrator.errors import Fault, OrchestratorError
+from orchestrator.errors import OrchestratorError
 from orchestrator.spec import RunSpec
 from orchestrator.train.display import Display
+from orchestrator.train.health import Watch, ran_out
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics
 from orchestrator.train.schedule import learning_rate
 from orchestrator.train.stop import StopRequest
 from orchestrator.train.world import World
-
-NON_FINITE_LIMIT = 10
-"""Skipped steps in a row after which a run ends. Loss scaling in fp16 skips a few at the beginning, and that is well."""
 
 EvalBatches = Callable[[], Iterable[MicroBatch]]
 """This rank's micro-batches of the held-out samples; as many on every rank."""
@@ -36,12 +34,6 @@ class Ending:
     step: int
     epoch: int
     stopped: bool
-
-
-class Diverged(OrchestratorError):
-    """The loss or its gradient was not finite for too many steps in a row."""
-
-    title = "The training has diverged"
 
 
 def _sum_over_ranks(values: list[torch.Tensor | float], world: World) -> list[float]:
@@ -81,12 +73,13 @@ class Loop:
         *,
         eval_batches: EvalBatches | None = None,
         on_memory: Callable[[int, list[Memory]], None] | None = None,
+        on_memory_end: Callable[[int, str, BaseException], OrchestratorError] | None = None,
     ) -> None:
         self._engine, self._spec, self._world, self._total = engine, spec, world, total
         self._metrics, self._display = metrics, display
         self._eval_batches, self._on_memory = eval_batches, on_memory
         self._copies = spec.strategy.tp
-        self._skipped = 0
+        self._watch, self._on_memory_end = Watch(spec), on_memory_end
 
     def run(
         self,
@@ -101,7 +94,8 @@ class Loop:
         updated something.
 
         Raises:
-            Diverged: NON_FINITE_LIMIT steps in a row were not finite.
+            Diverged: a step was not finite, or too many in a row (`spec.health`).
+            OrchestratorError: from `on_memory_end`, where this rank could not allocate.
         """
         ending: Ending | None = None
         saved, updated = 0, False
@@ -119,7 +113,10 @@ class Loop:
                 after_first()
             ending = Ending(number, batch.epoch, asked and number < self._total)
             self._note(line, number)
-            self._refuse_divergence(number, bool(line["finite"]))
+            note = self._watch.step(number, bool(line["finite"]))
+            if note is not None:
+                self._display.note(note)
+            self._watch.refuse(number, line["loss"])
             every = self._spec.checkpoint.every
             if every and number % every == 0:
                 save(number, batch.epoch)
@@ -135,10 +132,16 @@ class Loop:
         """(the metrics of optimizer step `number`, counted from 1; whether any rank was asked to stop)."""
         rate = learning_rate(number, self._total, self._spec.schedule, self._spec.optimizer.lr)
         total: torch.Tensor | float = 0.0
-        last = len(batch.micro_batches) - 1
-        for index, micro in enumerate(batch.micro_batches):
-            total = total + self._engine.forward_backward(micro, batch.labelled, last=index == last).double()
-        result = self._engine.step(rate)
+        last, phase = len(batch.micro_batches) - 1, "forward or backward"
+        try:
+            for index, micro in enumerate(batch.micro_batches):
+                total = total + self._engine.forward_backward(micro, batch.labelled, last=index == last).double()
+            phase = "update"
+            result = self._engine.step(rate)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if self._on_memory_end is None or not ran_out(error):
+                raise
+            raise self._on_memory_end(number, phase, error) from error
         loss_sum, asked = _sum_over_ranks([total, float(bool(stop))], self._world)
         loss = loss_sum / (batch.labelled * self._copies)
         finite = result.finite and math.isfinite(loss)
@@ -164,17 +167,3 @@ class Loop:
         self._display.step(line, due or "eval_loss" in line)
         if due:
             self._display.memory(ranks)
-
-    def _refuse_divergence(self, step: int, finite: bool) -> None:
-        if finite:
-            self._skipped = 0
-            return
-        self._skipped += 1
-        self._display.note(f"step {step}: loss or gradient is not finite, nothing was updated ({self._skipped} in a row)")
-        if self._skipped >= NON_FINITE_LIMIT:
-            problem = f"{self._skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite"
-            remedy = (
-                f"lower optimizer.lr (now {self._spec.optimizer.lr:g}), lengthen schedule.warmup, or use precision=bf16; "
-                "the last checkpoint of the run is from before or during this"
-            )
-            raise Diverged(Fault("loss", problem, remedy))

@@ -19,7 +19,7 @@ from torch import nn
 
 from orchestrator import data
 from orchestrator.engine import Engine, make
-from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError
+from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError, OrchestratorError
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower, saved_bytes
 from orchestrator.model import build, loss_sum, open_weights, table_of
 from orchestrator.spec import Parameter, RunSpec, digest, to_json
@@ -27,6 +27,7 @@ from orchestrator.train import checkpoint, folder
 from orchestrator.train.display import Display, count, home_word
 from orchestrator.train.export import Source
 from orchestrator.train.folder import Choice, RunFolder, write_json, write_text
+from orchestrator.train.health import end_of_memory, memory_ended
 from orchestrator.train.log import open_log, quiet_libraries
 from orchestrator.train.loop import Ending, Loop
 from orchestrator.train.memory import Memory, measure
@@ -310,7 +311,17 @@ class Run:
         held_out: Callable[[], Any] | None = None
         if spec.eval.every and len(prepared.eval):
             held_out = partial(data.eval_batches, prepared, spec.batch.micro, dp_rank, ranks, pad)
-        loop = Loop(engine, spec, world, total, self._metrics, self.display, eval_batches=held_out, on_memory=self._remember)
+        loop = Loop(
+            engine,
+            spec,
+            world,
+            total,
+            self._metrics,
+            self.display,
+            eval_batches=held_out,
+            on_memory=self._remember,
+            on_memory_end=partial(self._memory_end, engine),
+        )
 
         self._saver = saver = Saver(world, self._saved, background=spec.checkpoint.background)
 
@@ -348,6 +359,17 @@ class Run:
         embedding = next(p for p in self._table if p.block < 0 and len(p.shape) == 2)
         ids = probe_ids(embedding.shape[0], self.spec.seed)
         return ids, self._probe.logits(engine, ids)
+
+    def _memory_end(self, engine: Engine, number: int, phase: str, error: BaseException) -> OrchestratorError:
+        """Write what this rank holds now, and say what would help."""
+        path = self._folder.memory_end(self.world.rank)
+        rows = {"predicted": self._layout.rows, "found": engine.census()}
+        write_json(
+            path,
+            {name: [_row(row) for row in held if row.elements] for name, held in rows.items()}
+            | end_of_memory(number, phase, error, measure(self.world.rank, self.world.device), self.world.device),
+        )
+        return memory_ended(self.spec, self.world.rank, number, phase, error, path)
 
     def _remember(self, step: int, ranks: list[Memory]) -> None:
         self._account(ranks)

@@ -130,6 +130,7 @@ REFUSALS = [
     ("optimizer=lion optimizer.eps=1e-6", 1, ["optimizer.eps", "divide by nothing"]),
     ("zero=stage1 zero.gradients=fp32 precision=bf16", 2, ["DeepSpeed adds up in bf16 there", "zero=stage2 or stage3"]),
     ("zero.gradients=fp32", 1, ["zero.gradients", "zero=none runs no DeepSpeed"]),
+    ("health.on_nonfinite=stop health.nonfinite_limit=3", 1, ["health.nonfinite_limit", "ends the run at the first"]),
     # data and resume
     ("data=local", 1, ["data=local needs a file", "data.path=FILE"]),
     ("data.path=/nowhere.json", 1, ["no file /nowhere.json", ".jsonl"]),
@@ -167,6 +168,7 @@ OUT_OF_RANGE = [
     ("optimizer.clip", -1.0, "must be at least 0 (0: no clipping)"),
     ("optimizer.betas", [0.9], "must be two numbers"),
     ("optimizer.betas", [0.9, 1.0], "must be two numbers"),
+    ("health.nonfinite_limit", 0, "must be at least 1"),
     ("optimizer.momentum", 1.0, "must be at least 0 and below 1"),
     ("optimizer.forgetting", 0.0, "must be above 0"),
     ("optimizer.update_clip", 0.0, "must be above 0"),

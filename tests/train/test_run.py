@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator import model as models
 from orchestrator.engine import StepResult
 from orchestrator.engine.plain import PlainEngine
 from orchestrator.errors import CheckpointError, ConfigError, DataError, LayoutDrift
 from orchestrator.layout import Row
 from orchestrator.spec import Home, RunSpec, from_json
-from orchestrator.train.loop import Diverged
+from orchestrator.train.health import Diverged, MemoryEnded
 from orchestrator.train.metrics import read_metrics
 
 EXACT = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "labelled_tokens")
@@ -150,6 +151,40 @@ def test_steps_that_are_not_finite_are_counted_and_ten_in_a_row_end_the_run(smal
     with pytest.raises(Diverged, match=r"10 steps in a row, up to step 10.*\n.*lower optimizer\.lr"):
         execute(small("run.steps=20"))
     assert "step 10: loss or gradient is not finite, nothing was updated (10 in a row)" in screen.text
+
+
+def test_the_first_step_that_is_not_finite_ends_a_run_that_asks_for_it(small, execute, monkeypatch):
+    """A real loss that is not a number, in the second step."""
+    losses = []
+
+    def loss_sum(model, batch):
+        losses.append(models.loss_sum(model, batch))
+        return losses[-1] * float("nan") if len(losses) == 2 else losses[-1]
+
+    monkeypatch.setattr("orchestrator.train.run.loss_sum", loss_sum)
+    with pytest.raises(Diverged, match=r"step 2 had a loss or gradient that is not finite; nothing was updated.*\n.*=skip"):
+        execute(small("health.on_nonfinite=stop", "batch.micro=8"))
+
+
+def test_a_rank_without_memory_leaves_its_ledger_and_says_what_would_help(small, execute, monkeypatch, tmp_path):
+    """A real allocation that fails, in the forward of the second step."""
+    calls = []
+
+    def loss_sum(model, batch):
+        calls.append(None)
+        if len(calls) == 2:
+            torch.empty(2**58)
+        return models.loss_sum(model, batch)
+
+    monkeypatch.setattr("orchestrator.train.run.loss_sum", loss_sum)
+    with pytest.raises(MemoryEnded) as caught:
+        execute(small("batch.micro=8"))
+    report = caught.value.report()
+    assert caught.value.exit_code == 3 and "rank 0, step 2, forward or backward" in report
+    assert "batch.micro=4 (the global batch and the result stay)" in report and "optimizer=adamw_8bit" in report
+    kept = json.loads((tmp_path / "run" / "memory-end-rank-00000.json").read_text())
+    assert (kept["step"], kept["phase"]) == (2, "forward or backward") and kept["memory"]["resident"] > 2**26
+    assert {row["line"]: row["bytes"] for row in kept["found"]} == {row["line"]: row["bytes"] for row in kept["predicted"]}
 
 
 def test_one_step_that_is_not_finite_is_survived(small, execute, monkeypatch):
