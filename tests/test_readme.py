@@ -27,7 +27,7 @@ from orchestrator.spec import Home
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/launching.md", "docs/log.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/data.md", "docs/launching.md", "docs/log.md")
 SLOW = "slow"
 GIB = 2**30
 ENDINGS = (".py", ".json", ".jsonl", ".yaml", ".log", ".old")
