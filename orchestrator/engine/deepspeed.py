@@ -10,8 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import secrets
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -115,14 +113,13 @@ class DeepSpeedEngine:
         self.states: SwappedStates
 
     def _claim_swap_folder(self) -> SwapFolder | None:
-        """A folder for this job where it swaps to NVMe, from now on the spec's path; rank 0 gives the job its name."""
+        """A folder for this job where it swaps to NVMe, from now on the spec's path: one on each machine, shared by the ranks
+        that one launcher has started there."""
         nvme = self.spec.strategy.nvme
         if nvme is None:
             return None
         load_op()
-        job = [f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"]
-        dist.broadcast_object_list(job, src=0)
-        claimed = claim(Path(nvme.path), job[0])
+        claimed = claim(Path(nvme.path), f"{os.getppid()}-{os.environ.get('MASTER_PORT') or os.getpid()}")
         strategy = replace(self.spec.strategy, nvme=replace(nvme, path=str(claimed.path)))
         self.spec = replace(self.spec, strategy=strategy)
         return claimed

@@ -128,6 +128,9 @@ def load_op(note: Note = lambda line: None) -> Any:
     from deepspeed.ops.op_builder import AsyncIOBuilder, PinMemoryBuilder
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    loaded = AsyncIOBuilder._loaded_ops.get(AsyncIOBuilder.NAME)
+    if loaded is not None:
+        return loaded
     folder = ops_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     beside = str(Path(sys.executable).parent)  # ninja lies there, also where the environment was not activated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 
 import torch
@@ -31,6 +32,8 @@ class FakePerformance(Performance):
     def make(self) -> Engine:
         if self.zero and self.device.type == card.DEVICE:
             deepspeed_alone.use_device(card.DEVICE)
+        if self.spec.strategy.nvme is not None:
+            deepspeed_alone.without_disk()
         with unset_fake_temporarily():  # a device mesh looks into its tensor of ranks
             engine = super().make()
         if self.zero:
@@ -63,12 +66,21 @@ def without_files(spec: RunSpec) -> RunSpec:
     return replace(spec, model=replace(spec.model, path=None)) if shape is not None and shape.known else spec
 
 
+def swapping_to(spec: RunSpec, folder: str) -> RunSpec:
+    """The spec with its swap in `folder`, where it has one."""
+    nvme = spec.strategy.nvme
+    if nvme is None:
+        return spec
+    return replace(spec, strategy=replace(spec.strategy, nvme=replace(nvme, path=folder)))
+
+
 def play(spec: RunSpec, rank: int) -> Trace:
     """The trace of rank `rank` of `spec`."""
     if spec.strategy.engine is not Kind.PLAIN and not dist.is_initialized():
         fake.join(rank, spec.strategy.ranks)
     device, tracer = device_for(spec)
-    with fake.fake_tensors(packed=spec.data.packing != "none"):
+    with tempfile.TemporaryDirectory() as folder, fake.fake_tensors(packed=spec.data.packing != "none"):
+        spec = swapping_to(spec, folder)
         weights = models.open_weights if spec.model.path is None else BlankWeights
         FakePerformance(without_files(spec), device, tracer, weights).run(rank)
     return tracer.trace()

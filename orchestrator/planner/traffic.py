@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.layout import lay_out
 from orchestrator.layout.moments import hidden_matrix
+from orchestrator.planner.activations import recomputed
 from orchestrator.spec import (
     Division,
     Engine,
@@ -99,10 +100,11 @@ def _swapped(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
     for row in lay_out(spec, table).rows:
         if row.home is Home.NVME:
             held[row.line] = held.get(row.line, 0) + row.bytes
-    passes = (2 if spec.recompute == "none" else 3) * spec.batch.accumulation
+    blocks = max((p.block for p in table), default=0) + 1
+    passes = (2 + recomputed(spec, blocks) / blocks) * spec.batch.accumulation
     frozen, weights = held.pop("frozen", 0), held.pop("weights", 0) + held.pop("adapters", 0)
     states = sum(held.values())
-    return passes * (frozen + weights) + states, weights + states
+    return round(passes * (frozen + weights)) + states, weights + states
 
 
 def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
