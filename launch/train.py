@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from orchestrator.config import compose, run_app
 from orchestrator.config.entry import report_error
 from orchestrator.errors import OrchestratorError
+from orchestrator.train.launcher import Ending
 
 
 def train(overrides: list[str]) -> int:
@@ -86,4 +87,6 @@ def tell(error: OrchestratorError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_app(train, report=tell))
+    ending = Ending()
+    ending.code = run_app(train, report=tell)
+    sys.exit(ending.code)
