@@ -193,8 +193,9 @@ def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tup
         gathered = Buffer("gathered", Home.GPU, live * size, ("forward", *backward), "stage3.py max_live_parameters, prefetch")
         if strategy.optimizer_home is not Home.NVME:
             return (gathered,)
-        # A bucket's gradients are fp32 on the card before they go to the disk (_offload_grad_partition_at_boundary).
-        reduced = max(knobs.reduce, max((p.numel for p in trainable), default=0)) // ranks * 4
+        # A bucket's parts, as they were reduced, as they come back from the flat buffer, and in fp32 for the disk
+        # (partition_grads, _offload_grad_partition_at_boundary).
+        reduced = max(knobs.reduce, max((p.numel for p in trainable), default=0)) // ranks * (2 * size + 4)
         return (gathered, Buffer("bucket", Home.GPU, reduced, backward, "stage3.py partition_grads"))
     if strategy.shard is Shard.NONE:
         return (Buffer("gradients", Home.GPU, total * size, (*backward, *step), "engine.py allreduce_gradients"),)
