@@ -37,8 +37,9 @@ class Key:
 
 
 def _summary(path: Path) -> str:
+    """The first comment that is not Hydra's own ("# @package …")."""
     with path.open(encoding="utf-8") as lines:
-        first = lines.readline()
+        first = next((line for line in lines if not line.startswith("# @")), "")
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 

@@ -21,6 +21,7 @@ EXAMPLES = (
 )
 
 ORDER = (
+    "recipe",
     "zero",
     "fsdp",
     "tensor",
