@@ -1,6 +1,7 @@
 """What fits: `python launch/fit.py model=llama3_8b cluster=1xa10 [tuning=lora] [zero=stage3 …] [format=json]`.
 
-For each strategy the largest micro-batch and the longest sequence; where nothing fits, the smallest changes that help."""
+For each strategy the largest micro-batch and the longest sequence; where nothing fits, the smallest changes that help. Below,
+for one run, the ladder of changes that people climb by hand, from the cheapest to the dearest: what each saves and costs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,11 @@ from orchestrator.config import run_app
 
 def fit(overrides: list[str]) -> int:
     """Search, print, and return 0 if something fits, 3 if nothing does."""
+    from orchestrator.cluster.local import local_cluster
+    from orchestrator.config import compose
+    from orchestrator.config.entry import sweep
     from orchestrator.errors import MisfitError
+    from orchestrator.planner.climb import climb
     from orchestrator.planner.ladder import ladder, remedies
     from orchestrator.planner.planning import crossed
     from orchestrator.report import ladders, plans
@@ -33,10 +38,15 @@ def fit(overrides: list[str]) -> int:
             advance(done, len(every), candidate.words)
     fitting = [rung for rung in found if rung.micro]
     helps = () if fitting else remedies(every)
+    runs = sweep(rest)
+    steps = climb(compose(runs[0], local=local_cluster, strict=False)) if len(runs) == 1 else ()
     if values["format"] == "json":
-        print(json.dumps({"ladder": [asdict(rung) for rung in found], "fixes": [asdict(fix) for fix in helps]}, indent=2))
+        parts = {"ladder": found, "fixes": helps, "climb": steps}
+        print(json.dumps({name: [asdict(item) for item in items] for name, items in parts.items()}, indent=2))
     else:
         plans.show(ladders.table(found, helps))
+        if steps:
+            plans.show(ladders.rungs(steps))
     return 0 if fitting else MisfitError.exit_code
 
 

@@ -162,6 +162,15 @@ def test_the_table_of_what_a_step_keeps_is_the_plans(words: str, cells: str) -> 
     assert [cell.strip() for cell in cells.split("|")][1:3] == expected
 
 
+LISTED = re.findall(r"^\| `recipe=([^`]+)` \|.*\| ([\d.]+) \|$", README, re.MULTILINE)
+
+
+def test_the_table_of_recipes_is_the_plans() -> None:
+    assert {name for name, _ in LISTED} == {choice.name for choice in groups()["recipe"]} - {"none"}
+    for name, used in LISTED:
+        assert f"{plan([f'recipe={name}'], basis='layout').memory.used / GIB:.1f}" == used, name
+
+
 ROWS = re.findall(r"^\| `((?:zero|fsdp|tensor)=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
 
 

@@ -1,0 +1,50 @@
+"""Every recipe fits the card that it names with the memory that its first line states, and the user's words win over it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from orchestrator import plan
+from orchestrator.config import compose
+from orchestrator.config.catalog import groups
+from orchestrator.units import GIB
+
+RECIPES = {choice.name: choice.summary for choice in groups()["recipe"] if choice.name != "none"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_its_card_as_its_first_line_says(name: str) -> None:
+    made = plan([f"recipe={name}"], basis="layout")
+    stated = re.search(r"predicted ([\d.]+) of ([\d.]+) GiB", RECIPES[name])
+    assert stated, f"conf/recipe/{name}.yaml states no prediction"
+    assert (f"{made.memory.used / GIB:.1f}", f"{made.memory.limit / GIB:.1f}") == stated.groups()
+    assert made.verdict == "fits"
+
+
+def test_what_the_user_says_wins() -> None:
+    spec = compose(["recipe=llama3_8b_qlora_1xa10", "data.seq_len=1024", "tuning=lora", "batch.micro=1"])
+    assert (spec.tuning.kind, spec.data.seq_len, spec.batch.micro, spec.model.name) == ("lora", 1024, 1, "llama3_8b")
+
+
+def test_plain_adapters_do_not_fit_where_the_recipe_does() -> None:
+    made = plan(["recipe=llama3_8b_qlora_1xa10", "tuning=lora", "data.seq_len=2048", "batch.micro=8"], basis="layout")
+    assert made.verdict == "short" and made.memory.short > 80 * GIB
+    assert plan(["recipe=llama3_8b_qlora_1xa10", "data.seq_len=2048", "batch.micro=1"], basis="layout").verdict == "fits"
+
+
+def test_zero_2_hardly_helps_adapters() -> None:
+    used = {
+        words: plan(["recipe=qwen_7b_lora_4xa10", *words.split()], basis="layout").memory.used
+        for words in ("zero=stage0", "zero=stage2", "zero=stage3", "zero=stage3 offload=cpu", "zero=none fsdp=full_shard")
+    }
+    assert abs(used["zero=stage2"] - used["zero=stage0"]) < 0.05 * used["zero=stage0"]
+    assert used["zero=stage3 offload=cpu"] < used["zero=stage3"] < 0.7 * used["zero=stage2"]
+    assert used["zero=none fsdp=full_shard"] < 0.75 * used["zero=stage2"]
+
+
+@pytest.mark.parametrize("micro", [6, 4])
+def test_a_global_batch_is_the_same_however_it_is_dealt(micro: int) -> None:
+    batch = compose(["recipe=small_sft_2048", f"batch.micro={micro}"]).batch
+    assert batch.micro * batch.accumulation == batch.global_size == 24
