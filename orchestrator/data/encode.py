@@ -60,7 +60,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat | None, seq_len: int, on_long: str) -> None:
         self.tokenizer, self.chat, self.seq_len, self.on_long = tokenizer, chat, seq_len, on_long
         self.end = tokenizer.eos_token_id
-        self.begin = _beginning(tokenizer)
+        self.begin = beginning(tokenizer)
 
     def encode(self, chunk: Chunk) -> Shard:
         """The samples of `chunk`, and what became of its rows."""
@@ -149,7 +149,7 @@ def _read(record: Record, kind: str) -> Conversation | Passage:
     return read_row(record.value, kind)
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that this tokenizer puts before a text (Llama's beginning token), without any after it."""
     bare: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("x", add_special_tokens=True)["input_ids"]

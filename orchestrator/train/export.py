@@ -109,6 +109,8 @@ def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> Ch
 def end_tokens(tokenizer: Any, stated: int | list[int] | None) -> list[int]:
     """The ids that end an answer: `stated` by the model, the tokenizer's end, and what its template puts after a turn."""
     ends = {tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])}
+    if tokenizer.chat_template is None:  # trained on raw text
+        return sorted(end for end in ends if end is not None)
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "answer"}]
     tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
     after = tokenizer(tail, add_special_tokens=False)["input_ids"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.data.encode import beginning
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.model.build import in_block
 from orchestrator.model.quantised import quantise_loaded
@@ -136,9 +137,13 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """The greedy answer of `model` to one user turn, prompted through the tokenizer's chat template."""
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    """The greedy answer of `model` to one user turn, prompted through the tokenizer's chat template; without a template (a
+    model of raw text) how `prompt` goes on."""
+    if tokenizer.chat_template is None:
+        text = "".join(tokenizer.convert_ids_to_tokens(beginning(tokenizer))) + prompt
+    else:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     inputs.pop("token_type_ids", None)
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)

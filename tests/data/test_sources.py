@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.data import IGNORED, Prepared, load_tokenizer, prepare, steps, steps_per_epoch
+from orchestrator.data.crew import encode_all
+from orchestrator.data.encode import Chunk, Encoder, Shard
 from orchestrator.data.order import drawn, epoch_size
+from orchestrator.data.records import Record
 from orchestrator.data.rows import rows_of
 from orchestrator.errors import DataError
 from orchestrator.spec import Batch, Data, Source
@@ -278,3 +283,18 @@ def test_the_real_text_files_are_full_when_packed(shared_data: Path, shared_toke
     prepared = prepare(data, load_tokenizer(data, None), 0, tmp_path)
     assert [part.format for part in prepared.parts] == ["alpaca", "messages", "text", "text"]
     assert rows_of(prepared).fill(2048) >= 0.995
+
+
+class Doomed(Encoder):
+    """An encoder whose process is killed, as by a machine that has run out of memory."""
+
+    def encode(self, chunk: Chunk) -> Shard:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(chunk)
+
+
+def test_a_tokenising_process_that_is_killed_ends_the_run_with_a_word(tokenizer: Any) -> None:
+    chunks = [Chunk(0, "text", [Record(1, {"text": "a"})], 1.0)]
+    with pytest.raises(DataError, match=r"one of the 1 processes that tokenise was ended from outside") as caught:
+        list(encode_all(Doomed(tokenizer, None, 16, "auto"), chunks, 1))
+    assert "set data.workers=0" in str(caught.value)

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from orchestrator import model as models
+from orchestrator.data import load_tokenizer
 from orchestrator.engine import StepResult
 from orchestrator.engine.plain import PlainEngine
 from orchestrator.errors import CheckpointError, ConfigError, DataError, LayoutDrift
 from orchestrator.layout import Row
-from orchestrator.spec import Home, RunSpec, from_json
+from orchestrator.spec import Data, Home, RunSpec, from_json
 from orchestrator.train.health import Diverged, MemoryEnded
 from orchestrator.train.metrics import read_metrics
 
@@ -223,3 +224,20 @@ def test_half_precision_exports_in_its_dtype(small, execute):
 
     outcome = execute(small("precision=bf16", "run.steps=1"))
     assert AutoModelForCausalLM.from_pretrained(outcome.export, dtype="auto").dtype is torch.bfloat16
+
+
+def test_a_run_on_raw_text_needs_no_chat_template_to_the_end(small, execute, tmp_path):
+    """Packed raw text with a tokenizer that has no template: trained, exported, and asked to go on."""
+    from orchestrator.train.reopen import answer, open_model
+
+    bare = load_tokenizer(Data(path=None, seq_len=8), None)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    (tmp_path / "text.txt").write_text("".join(f"Line {number} of the text is here.\n" for number in range(60)))
+    spec = small(f"data.path={tmp_path / 'text.txt'}", f"data.tokenizer={tmp_path / 'bare'}", "data.packing=best_fit")
+    outcome = execute(spec)
+    model, tokenizer = open_model(outcome.export)
+    assert isinstance(answer(model, tokenizer, "Line 1", 4), str)
+    line = read_metrics(outcome.folder.metrics)[0]
+    assert line["labelled_tokens"] > 0.9 * line["tokens"]
+    assert line["padded_tokens"] >= line["tokens"]
