@@ -67,6 +67,7 @@ _PCIE3, _PCIE4, _PCIE5 = 16.0, 32.0, 64.0
 
 RATES: dict[str, Rates] = {
     "T4": Rates(8.1, _PCIE3, False, False, "NVIDIA T4 datasheet"),
+    "V100-32": Rates(15.7, _PCIE3, False, True, "NVIDIA V100 datasheet, SXM2"),
     "A10": Rates(31.2, _PCIE4, False, False, "NVIDIA A10 datasheet"),
     "A10G": Rates(35.0, _PCIE4, False, False, "NVIDIA A10G datasheet"),
     "L4": Rates(30.3, _PCIE4, False, False, "NVIDIA L4 datasheet"),

@@ -284,6 +284,8 @@ class Run:
         )
         ranks = f"{count(self.world.size, 'rank')} on {self.world.device.type}"
         note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}, {spec.optimizer.name}")
+        if spec.loss.kind == "plain":
+            note("loss     from whole logits: loss.kind=plain, or a family that may change them after its head")
         product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {count(spec.strategy.dp, 'rank')}"
         rows = data.rows_of(prepared)
         packed = spec.data.packing != "none"

@@ -75,6 +75,7 @@ def test_precision_follows_the_card():
     assert compose([], local=lambda ranks: card("A10", True)).precision.compute == "bf16"
     assert compose([], local=lambda ranks: card("T4", False)).precision.compute == "fp16"
     assert compose(["cluster=1xt4", "zero=stage1"]).precision.compute == "fp16"
+    assert compose(["cluster=8xv100_32", "zero=stage1"]).precision.compute == "fp16"
     assert compose(["precision=bf16"]).precision.compute == "bf16", "a CPU computes in bf16, if slowly"
 
 
