@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.config import divisions
 from orchestrator.config.schema import OptimizerConf, OptimizerName, RootConf, TuningKind, ZeroConf
 from orchestrator.errors import Fault
 from orchestrator.spec import Cluster, Engine, Home, Optimizer, Strategy
@@ -43,8 +44,12 @@ def build_optimizer(conf: RootConf, tiny: bool) -> Optimizer:
 
 
 def suits(name: str, strategy: Strategy) -> bool:
-    """Whether the optimizer `name` is right under `strategy`, as `optimizer_faults` sees it."""
+    """Whether `compose` would take the optimizer `name` under `strategy`."""
     choice = OptimizerName[name]
+    if strategy.tp > 1 and name not in divisions.OPTIMIZERS:
+        return False
+    if strategy.optimizer_home is Home.NVME and choice is not OptimizerName.adamw:
+        return False  # config/checks.py, swapped_run_faults
     if strategy.engine is Engine.DEEPSPEED and strategy.stage in FLAT.get(choice, ((), ""))[0]:
         return False
     return choice is not OptimizerName.paged_adamw_8bit or strategy.optimizer_home is Home.GPU

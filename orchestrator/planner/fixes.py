@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from orchestrator.config.optimizer import suits
 from orchestrator.planner.candidates import RECOMPUTE, candidates
 from orchestrator.planner.plan import Fix, Plan
 from orchestrator.planner.predict import by_layout, table_for
@@ -49,7 +50,8 @@ def fewer_bits(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     if spec.optimizer.name != "adamw":
         return
     smaller = replace(spec, optimizer=replace(spec.optimizer, name="adamw_8bit"))
-    yield "optimizer=adamw_8bit", smaller
+    if suits("adamw_8bit", spec.strategy):
+        yield "optimizer=adamw_8bit", smaller
     for words, other in (*other_strategies(smaller), *both(smaller)):
         yield f"optimizer=adamw_8bit {words}", other
 

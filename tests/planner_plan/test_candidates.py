@@ -15,6 +15,8 @@ from orchestrator.planner.candidates import candidates, typed
         ["model=llama32_1b", "cluster=1xa10", "data.seq_len=1024"],
         ["model=qwen25_0_5b", "cluster=4xt4", "data.seq_len=512"],
         ["model=tiny", "cluster.cards_per_node=2"],
+        ["model=qwen25_0_5b", "cluster=2xa10", "data.seq_len=512", "optimizer=muon"],
+        ["model=qwen25_0_5b", "cluster=1xa10", "data.seq_len=512", "optimizer=paged_adamw_8bit"],
     ],
     ids=" ".join,
 )

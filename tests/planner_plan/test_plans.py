@@ -79,6 +79,24 @@ def _onto(strategy: str, fix: Fix) -> list[str]:
     return words if {"zero", "fsdp", "tensor"} & {word.partition("=")[0] for word in words} else [strategy, *words]
 
 
+def test_fewer_bits_are_offered_where_they_help_and_take_what_they_say():
+    base = ["model=llama32_1b", "cluster=1xa10", "data.seq_len=512", "recompute=full", "zero=none"]
+    large = by_layout(compose(base))
+    small = by_layout(compose([*base, "optimizer=adamw_8bit"]))
+    saved = large.memory.used - small.memory.used
+    trained = sum(p.numel for p in table_for(compose(base)))
+    assert saved == pytest.approx(trained * (8 - 2 - 8 / 256), rel=1e-3)
+    spec = compose(["model=llama3_8b", "cluster=4xa10", "data.seq_len=512", "recompute=full", "fsdp=full_shard"])
+    assert any(fix.words.startswith("optimizer=adamw_8bit") for fix in fixes(spec, by_layout(spec)))
+
+
+def test_muon_pays_for_its_products_and_its_exchange():
+    base = ["model=llama3_8b", "cluster=4xa10", "fsdp=full_shard"]
+    usual, muon = (by_layout(compose([*base, f"optimizer={name}"])).time for name in ("adamw", "muon"))
+    assert usual is not None and muon is not None
+    assert muon.update > 10 * usual.update and muon.communication > usual.communication
+
+
 def test_fixes_that_change_the_result_come_last():
     spec = compose(["model=llama3_8b", "cluster=1xt4", "data.seq_len=2048", "zero=stage1", "batch.micro=4"])
     found = [fix.words for fix in fixes(spec, by_layout(spec))]
