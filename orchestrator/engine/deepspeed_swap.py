@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,11 +47,38 @@ def put_part(parameter: Any, values: torch.Tensor) -> None:
     swapper.swap_out_and_release([parameter])
 
 
+SECTOR_BYTES = 512
+"""Direct I/O needs memory at a multiple of this."""
+
+
+def _read_gradients(swapper: Any, aio_handle: Any, parameter: Any, gradient_tensor: torch.Tensor) -> None:
+    """In place of `_swap_in_pinned_gradients`, which reads every gradient straight to its place in the flat one. Where that is no
+    multiple of a sector the kernel refuses, nobody looks at its answer, and the update uses what lay there before. Such a
+    gradient comes by way of memory of its own, for which the handle has an aligned buffer."""
+    detours = []
+    gradients = swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values()
+    for gradient in gradients:
+        place = gradient_tensor.narrow(0, gradient.offset, gradient.length)
+        if gradient.offset * place.element_size() % SECTOR_BYTES:
+            detours.append((place, gradient.path))
+        else:
+            aio_handle.async_pread(place, gradient.path, 0)
+    if len(detours) < len(gradients):
+        aio_handle.wait()
+    for place, path in detours:
+        own = torch.empty_like(place)
+        aio_handle.async_pread(own, path, 0)
+        aio_handle.wait()
+        place.copy_(own)
+
+
 class SwappedStates:
     """Masters, moments and gradients of `zero`, a ZeRO-3 optimizer; also where none of them is swapped."""
 
     def __init__(self, zero: Any) -> None:
         self.zero = zero
+        if self.swapper is not None:
+            self.swapper._swap_in_pinned_gradients = MethodType(_read_gradients, self.swapper)
 
     @property
     def swapper(self) -> Any | None:
