@@ -52,8 +52,8 @@ SECTOR_BYTES = 512
 
 
 def _read_gradients(swapper: Any, aio_handle: Any, parameter: Any, gradient_tensor: torch.Tensor) -> None:
-    """In place of `_swap_in_pinned_gradients`, which reads every gradient straight to its place in the flat one. Where that is no
-    multiple of a sector the kernel refuses, nobody looks at its answer, and the update uses what lay there before. Such a
+    """In place of `_swap_in_pinned_gradients`, which reads every gradient straight to its place in the flat one. Where that
+    is no multiple of a sector the kernel refuses, nobody looks at its answer, and the update uses what lay there before. Such a
     gradient comes by way of memory of its own, for which the handle has an aligned buffer."""
     detours = []
     gradients = swapper.swap_params_info[swapper.parameter_id(parameter)].swapped_gradients.values()
