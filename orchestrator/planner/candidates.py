@@ -97,7 +97,7 @@ def _tensor(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
     """Tensor parallelism inside a machine, alone and with what remains of the ranks sharded."""
     ranks, shape, cards = spec.strategy.ranks, spec.model.shape, spec.cluster.cards_per_node
     able = sizes_that_divide(shape) if shape is not None and shape.known else ()
-    if spec.tuning.quant or spec.loss.kind == "liger" or spec.optimizer.name not in divisions.OPTIMIZERS:
+    if spec.tuning.form or spec.loss.kind == "liger" or spec.optimizer.name not in divisions.OPTIMIZERS:
         return
     for size in TENSOR_SIZES:
         if size not in able or ranks % size or cards % size:
