@@ -158,6 +158,8 @@ OUT_OF_RANGE = [
     ("batch.global_size", 0, "must be at least 1"),
     ("batch.micro", 0, "must be at least 1"),
     ("data.seq_len", 1, "must be at least 2"),
+    ("data.max_rows", 0, "must be at least 1"),
+    ("data.workers", -1, "must be at least 0 (0: this process alone)"),
     ("data.eval_fraction", 1.0, "must be at least 0 and below 1"),
     ("tuning.rank", 0, "must be at least 1"),
     ("tuning.alpha", 0, "must be at least 1"),
