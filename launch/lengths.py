@@ -40,8 +40,6 @@ def lengths(overrides: list[str]) -> int:
     tokenizer = data.load_tokenizer(spec.data, spec.model.path, trust_remote_code=spec.model.trust_remote_code)
     with tokenising() as advance:
         prepared = data.prepare(spec.data, tokenizer, spec.seed, data.cache_folder(), advance)
-    if spec.model.shape is not None:
-        data.check_vocabulary(prepared, spec.model.shape.vocab_size)
     folder = prepared_folder(spec.data, prepared)
     found = measure(folder, prepared, spec.batch, spec.seed)
     if values["format"] == "json":
@@ -53,6 +51,10 @@ def lengths(overrides: list[str]) -> int:
         coloured = Console().is_terminal
         show(report.masks(prepared, tokenizer, report.chosen(prepared, count), coloured=coloured))
     samples = report.chosen(prepared, count or LOOKED_AT)
+    if spec.model.shape is not None and prepared.report.highest_id >= spec.model.shape.vocab_size:
+        ids, size = prepared.report.highest_id, spec.model.shape.vocab_size
+        advice = f"{spec.model.name} has {size} of them: name the tokenizer of the model"
+        print(f"\nwarning  the tokens go up to id {ids}, and {advice}")
     print(f"\npicture {report.draw(folder, found, prepared, samples, Path(values['out']).expanduser())}")
     return 0
 

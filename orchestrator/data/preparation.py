@@ -21,7 +21,7 @@ from orchestrator.data.encode import Chunk, Encoder
 from orchestrator.data.prepared import REPORT_FILE, Prepared, open_prepared
 from orchestrator.data.records import Record, decoded
 from orchestrator.data.report import Report
-from orchestrator.data.sources import Part, find_parts, wanted
+from orchestrator.data.sources import Part, find_parts, on_hub, wanted
 from orchestrator.data.store import Writer
 from orchestrator.data.tally import Tally, check
 from orchestrator.data.tokenizer import tokenizer_digest
@@ -64,13 +64,15 @@ def prepared_folder(data: Data, prepared: Prepared) -> Path:
 
 
 def is_quick(data: Data, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `prepare` would answer in seconds: the data is little, or was prepared before.
+    """Whether `prepare` would answer in seconds: the data is at hand, and it is little or was prepared before.
 
     Raises:
         DataError: a file is missing or cannot be read.
     """
+    if any(on_hub(source.path) for source in wanted(data)):
+        return False
     parts = find_parts(data)
-    if all(part.path is not None for part in parts) and sum(part.size for part in parts) < WORTH_PROCESSES:
+    if sum(part.size for part in parts) < WORTH_PROCESSES:
         return True
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else cache_folder()
     return (cache_dir / _digest(parts, data, tokenizer, cache_dir)).is_dir()

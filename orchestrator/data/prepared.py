@@ -104,4 +104,10 @@ def check_vocabulary(prepared: Prepared, vocab_size: int) -> None:
     highest = prepared.report.highest_id
     if highest >= vocab_size:
         problem = f"the data holds token id {highest}, but the model has vocab_size {vocab_size} (ids 0 to {vocab_size - 1})"
-        raise DataError(Fault("data.tokenizer", problem, "use the tokenizer that belongs to the model"))
+        raise DataError(
+            Fault(
+                "data.tokenizer",
+                problem,
+                f"use the tokenizer that belongs to the model, or for random weights model.vocab_size={highest + 1}",
+            )
+        )

@@ -67,7 +67,7 @@ def find_parts(data: Data) -> list[Part]:
     faults: list[Fault] = []
     for number, source in enumerate(wanted(data)):
         try:
-            if _on_hub(source.path):
+            if on_hub(source.path):
                 rows = open_hub(source.path, data.subset, data.split, streaming=data.streaming)
                 parts.append(Part(number, source.path, None, rows, source.format))
             else:
@@ -79,7 +79,8 @@ def find_parts(data: Data) -> list[Part]:
     return parts
 
 
-def _on_hub(path: str) -> bool:
+def on_hub(path: str) -> bool:
+    """Whether `path` is no file or folder here, but may be the id of a hub dataset."""
     there = Path(path).expanduser()
     return bool(HUB_ID.fullmatch(path)) and not there.exists() and there.suffix not in READERS
 

@@ -147,12 +147,12 @@ def draw(folder: Path, found: Lengths, prepared: Prepared, samples: Sequence[int
     above.bar(
         [first for first, *_ in shown], [count for *_, count in shown], width=shown[0][1] + 1, align="edge", color="#2f6db3"
     )
-    above.axvline(prepared.seq_len, color="#c0392b", linestyle="--")
-    above.annotate(f"seq_len {prepared.seq_len}", (prepared.seq_len, 1), xycoords=("data", "axes fraction"), xytext=(4, -12),
-                   textcoords="offset points", color="#c0392b", fontsize=9)  # fmt: skip
-    above.set_xlim(
-        0, max(shown[-1][0] + shown[0][1] + 1, prepared.seq_len * 1.15 if prepared.seq_len < 2 * found.longest else 0)
-    )
+    edge = shown[-1][0] + shown[0][1] + 1
+    if prepared.seq_len < 2 * edge:  # else it is far to the right of every row
+        edge = max(edge, round(prepared.seq_len * 1.15))
+        above.axvline(prepared.seq_len, color="#c0392b", linestyle="--", label=f"seq_len {prepared.seq_len}")
+        above.legend(loc="upper right", fontsize=9)
+    above.set_xlim(0, edge)
     own = found.own(prepared.seq_len)
     above.set_title(
         f"{found.sentence()}\n{own.longer} longer than {own.seq_len}; unpacked {own.padding:.1%} padding, packed "
@@ -169,6 +169,10 @@ def draw(folder: Path, found: Lengths, prepared: Prepared, samples: Sequence[int
     below.set_yticks(range(len(samples)), [f"sample {sample}" for sample in reversed(samples)], fontsize=8)
     below.set_xlabel("tokens")
     below.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in STRIP_COLOURS.items()], loc="lower right", fontsize=8
+        handles=[Patch(color=colour, label=name) for name, colour in STRIP_COLOURS.items()],
+        loc="lower right",
+        ncols=2,
+        bbox_to_anchor=(1, 1),
+        fontsize=8,
     )
     return write(figure, path)
