@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.nvme_worker import specs
 from ranks import run_ranks
 
 from orchestrator.engine.swap_folder import MARK, PREFIX, claim, sweep
+from orchestrator.layout import lay_out, parameter_table
+from orchestrator.planner.rehearsal import rehearse
 
 MISSING = [name for name, there in (("libaio", find_library("aio")), ("c++", shutil.which("c++"))) if not there]
 needs_op = pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed's async_io cannot be built here: no {', '.join(MISSING)}")
@@ -79,6 +82,18 @@ def test_what_rests_on_the_disk_left_the_memory(folder: Path) -> None:
         assert disk[row] < memory[row] / 5, row
         assert disk[row] + disk[row.replace("cpu", "nvme")] == pytest.approx(memory[row], abs=16 * 1024)
     assert found["left"] == [], "every engine removes its folder"
+
+
+def test_a_swapping_run_is_rehearsed_without_a_disk(tmp_path: Path) -> None:
+    """The engine's own code on fake tensors and files of nothing: the census is held to the layout there too."""
+    spec = specs(tmp_path, "bf16", "full")["nvme"]
+    found = rehearse(spec, 1)
+    assert set(found.peaks["gpu"]) == {"load", "forward", "backward", "step", "save"}
+    table = parameter_table(spec)
+    assert table is not None
+    staging = sum(row.bytes for row in lay_out(spec, table, 1).rows if row.line == "staging")
+    assert all(peak > staging for peak in found.peaks["gpu"].values())
+    assert not (tmp_path / "swap").exists()
 
 
 HOLDER = """
