@@ -33,6 +33,10 @@ class Target:
     rows: torch.Tensor
     labels: torch.Tensor
 
+    def to(self, device: torch.device) -> Target:
+        """The same on `device`, where the hidden states are: only the head knows (FSDP2 may rest its weights elsewhere)."""
+        return Target(self.rows.to(device), self.labels.to(device))
+
 
 Exchange = Callable[[torch.Tensor, str], None]
 """Makes a tensor the "largest" or the "sum" of its own over the ranks that each hold a part of the vocabulary, in place."""
@@ -91,6 +95,7 @@ class LossHead(nn.Linear):
         target = _TARGET.get()
         if target is None:
             return super().forward(input)
+        target = target.to(input.device)
         hidden = input.flatten(0, -2)
         if self.loss.kind == "liger":
             return _liger(hidden.index_select(0, target.rows), self.weight, target.labels)

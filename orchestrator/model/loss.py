@@ -20,7 +20,7 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """
     device = next(model.parameters()).device
     packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
-    with learning(target_of(batch.labels, device)):
+    with learning(target_of(batch.labels)):
         answer: torch.Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False, **packed).logits
     if answer.ndim == 0:
         return answer
@@ -30,10 +30,10 @@ def loss_sum(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     )
 
 
-def target_of(labels: torch.Tensor, device: torch.device) -> Target:
-    """The labelled tokens of `labels` (micro × tokens, on the CPU), told on the CPU so that no card is waited for."""
+def target_of(labels: torch.Tensor) -> Target:
+    """The labelled tokens of `labels` (micro × tokens), on the CPU like them, so that no card is waited for."""
     width = labels.shape[1] - 1
     following = labels[:, 1:].flatten()
     found = (following != IGNORED).nonzero().squeeze(1)
     rows = found + found // width  # each row of hidden states ends with one more position, which predicts nothing
-    return Target(rows.to(device), following.index_select(0, found).to(device))
+    return Target(rows, following.index_select(0, found))

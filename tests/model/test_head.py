@@ -76,7 +76,7 @@ def test_probabilities_below_the_smallest_number_of_fp16_still_push_their_words_
     head.weight.data = torch.tensor([[0.0], [-17.7]], dtype=torch.float16)
     head.__class__, head.loss = LossHead, Loss("chunked", 4)
     hidden = torch.ones(1, 2, 1, dtype=torch.float16, requires_grad=True)
-    with models.learning(models.target_of(torch.tensor([[0, 0]]), hidden.device)):
+    with models.learning(models.target_of(torch.tensor([[0, 0]]))):
         loss = head(hidden)
     (loss * 65536).backward()
     assert head.weight.grad is not None
@@ -103,6 +103,16 @@ def test_no_tensor_is_as_large_as_the_logits(kind: str, learn: bool) -> None:
     logits = 3 * (LENGTH - 1) * WORDS * 4
     largest = max(event.bytes for event in tracer.trace())
     assert (largest >= logits) is (kind == "plain")
+
+
+def test_the_target_follows_the_hidden_states() -> None:
+    """FSDP2 with offload=cpu rests its weights on the host, so a parameter's device does not tell where the head computes."""
+    head = torch.nn.Linear(8, 16, bias=False, device="meta")
+    head.__class__, head.loss = LossHead, Loss("chunked", 4)
+    with models.learning(models.target_of(torch.zeros(1, 9, dtype=torch.int64))):
+        loss = head(torch.ones(1, 9, 8, device="meta", requires_grad=True))
+    loss.backward()
+    assert head.weight.grad is not None and head.weight.grad.device.type == "meta"
 
 
 def test_without_a_target_the_head_gives_logits() -> None:
