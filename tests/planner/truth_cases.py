@@ -99,7 +99,6 @@ SAMPLE = [
     Case(2, "full_shard", "nf4x2", "bf16", "full", 1),
     Case(1, "plain", "full", "bf16", "none", 1, optimizer="adamw_8bit"),
     Case(2, "zero1", "full", "bf16", "none", 1, optimizer="adamw_bf16"),
-    Case(2, "full_shard", "full", "bf16", "none", 1, optimizer="adafactor"),
     Case(2, "full_shard", "full", "bf16", "none", 1, optimizer="muon"),
     Case(2, "tensor2", "full", "bf16", "none", 1),
     Case(2, "tensor2", "lora", "bf16", "full", 1),
