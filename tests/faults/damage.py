@@ -6,7 +6,6 @@ python tests/faults/damage.py [--cases 1000] [--seed 0] [--json FILE]
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import record
 
 from orchestrator.engine.protocol import Piece
 from orchestrator.errors import CheckpointError
@@ -99,10 +99,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     result = sweep(asked.cases, asked.seed)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if asked.json:
-        asked.json.write_text(text + "\n")
+    record(result, asked.json)
     return 1 if result["missed"] else 0
 
 

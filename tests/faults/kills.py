@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 from ranks import free_port
+from record import record
 
 from orchestrator.engine.protocol import Piece
 from orchestrator.train import checkpoint, commit
@@ -208,10 +208,7 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     result = sweep(asked.ranks, asked.every, asked.random, asked.seed)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if asked.json:
-        asked.json.write_text(text + "\n")
+    record(result, asked.json)
     return 1 if result["wrong"] else 0
 
 

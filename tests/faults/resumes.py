@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from ranks import free_port
+from record import record
 from safetensors import safe_open
 
 from orchestrator.cluster.local import local_cluster
@@ -147,10 +148,7 @@ def main() -> int:
         *asked.overrides,
     ]  # fmt: skip
     result = sweep(asked.ranks, asked.every, overrides)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if asked.json:
-        asked.json.write_text(text + "\n")
+    record(result, asked.json)
     return 1 if result["different"] else 0
 
 
