@@ -14,6 +14,7 @@ from orchestrator.layout import lay_out
 from orchestrator.layout.moments import hidden_matrix
 from orchestrator.planner.activations import recomputed
 from orchestrator.spec import (
+    ROOT,
     Division,
     Engine,
     Home,
@@ -91,20 +92,33 @@ def _deepspeed(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     )  # fmt: skip
 
 
-def _swapped(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
-    """(read, written) on NVMe. A weight is read for the forward, for the backward and for a forward that is run again, and
-    written once; states and gradients are read for the update and written before or after it."""
+WORKING_COPIES = ("frozen", "weights", "adapters")
+
+
+def _on_nvme(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
+    """Bytes by line that rest on NVMe of the parameters in `table`."""
     held: dict[str, int] = {}
-    if spec.strategy.nvme is None:
-        return 0, 0
-    for row in lay_out(spec, table).rows:
+    for row in lay_out(spec, table).rows if table else ():
         if row.home is Home.NVME:
             held[row.line] = held.get(row.line, 0) + row.bytes
-    blocks = max((p.block for p in table), default=0) + 1
-    passes = (2 + recomputed(spec, blocks) / blocks) * spec.batch.accumulation
-    frozen, weights = held.pop("frozen", 0), held.pop("weights", 0) + held.pop("adapters", 0)
-    states = sum(held.values())
-    return round(passes * (frozen + weights)) + states, weights + states
+    return held
+
+
+def _swapped(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
+    """(read, written) on NVMe. A weight is read for the forward and for the backward of each micro-batch, and written once;
+    states and gradients are read for the update and written before or after it. A block that is run again reads its weights
+    once more, but for its last layer, whose result nothing needs (torch/utils/checkpoint.py stops early there). Both figures
+    were what the kernel counted (docs/nvme.md)."""
+    if spec.strategy.nvme is None:
+        return 0, 0
+    held, micro = _on_nvme(spec, table), spec.batch.accumulation
+    inside = [p for p in table if p.block != ROOT]
+    blocks = len({p.block for p in inside}) or 1
+    again = _on_nvme(spec, [p for p in inside if not p.name.endswith("down_proj.weight")])
+    rerun = sum(again.get(line, 0) for line in WORKING_COPIES) * recomputed(spec, blocks) // blocks
+    copies = sum(held.get(line, 0) for line in WORKING_COPIES)
+    states = sum(held.values()) - copies
+    return micro * (2 * copies + rerun) + states, copies - held.get("frozen", 0) + states
 
 
 def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:

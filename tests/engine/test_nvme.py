@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from ctypes.util import find_library
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ranks import run_ranks
 from orchestrator.engine.swap_folder import MARK, PREFIX, claim, sweep
 from orchestrator.layout import lay_out, parameter_table
 from orchestrator.planner.rehearsal import rehearse
+from orchestrator.planner.traffic import traffic
 
 MISSING = [name for name, there in (("libaio", find_library("aio")), ("c++", shutil.which("c++"))) if not there]
 needs_op = pytest.mark.skipif(bool(MISSING), reason=f"DeepSpeed's async_io cannot be built here: no {', '.join(MISSING)}")
@@ -94,6 +96,19 @@ def test_a_swapping_run_is_rehearsed_without_a_disk(tmp_path: Path) -> None:
     staging = sum(row.bytes for row in lay_out(spec, table, 1).rows if row.line == "staging")
     assert all(peak > staging for peak in found.peaks["gpu"].values())
     assert not (tmp_path / "swap").exists()
+
+
+@pytest.mark.parametrize(("recompute", "read"), [("none", 249_434_112), ("full", 253_661_184)])
+def test_a_step_moves_what_the_kernel_counted(recompute: str, read: int, tmp_path: Path) -> None:
+    """One rank, bf16: read_bytes and write_bytes of /proc/self/io over the second and third step of that run."""
+    spec = specs(tmp_path, "bf16", "full")["nvme"]
+    nvme = replace(spec.strategy.nvme, buffer_size=2 * spec.strategy.nvme.buffer_size) if spec.strategy.nvme else None
+    one = replace(spec.strategy, dp_shard=1, nvme=nvme)
+    spec = replace(spec, strategy=one, recompute=recompute, batch=replace(spec.batch, micro=8))
+    table = parameter_table(spec)
+    assert table is not None
+    moved = traffic(spec, table)
+    assert (moved.disk_read, moved.disk_written) == (read, 226_185_216)
 
 
 HOLDER = """
