@@ -27,6 +27,7 @@ check: $(CHECK)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/preparation.py
 
 # The sweeps that are too long for every change.
 sweep: $(READY)

@@ -257,7 +257,7 @@ class ModelConf:
 
 @dataclass
 class BatchConf:
-    global_size: int = key(16, "samples in one optimizer step, over all ranks", "samples")
+    global_size: int = key(16, "samples in one optimizer step, over all ranks; rows with data.packing", "samples")
     micro: int | None = key(
         None,
         "samples in one forward on one rank; null: the largest divisor of global_size / ranks up to 8 for tiny, else 1",

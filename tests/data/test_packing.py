@@ -157,7 +157,7 @@ def test_the_loss_per_token_and_its_gradient_are_the_same_packed_and_unpacked(pa
 
 
 def test_every_engine_gives_the_loss_and_gradient_of_the_unpacked_reference(tmp_path: Path) -> None:
-    ended = run_ranks(Path(__file__).with_name("packing_worker.py"), [str(tmp_path)], ranks=2, timeout=300)
+    ended = run_ranks(Path(__file__).with_name("packing_worker.py"), [str(tmp_path)], ranks=2, timeout=900)
     assert [code for code, _ in ended] == [0, 0], ended
     found = json.loads((tmp_path / "found.json").read_text())
     loss, norm = found.pop("plain")

@@ -85,7 +85,7 @@ def test_processes_that_prepare_at_once_share_one_result(write_rows: Write, tmp_
     )
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    digests = {process.communicate(timeout=60)[0].strip() for process in running}
+    digests = {process.communicate(timeout=300)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0]
     assert len(digests) == 1
     assert sorted(entry.name for entry in (tmp_path / "cache").iterdir()) == sorted([*digests, "fingerprints"])

@@ -8,6 +8,6 @@ from ranks import run_ranks
 
 
 def test_no_collective_is_open_while_rank_0_prepares() -> None:
-    ended = run_ranks(Path(__file__).with_name("waiting_worker.py"), [], ranks=2, timeout=180)
+    ended = run_ranks(Path(__file__).with_name("waiting_worker.py"), [], ranks=2, timeout=600)
     assert [code for code, _ in ended] == [0, 0], ended
     assert all("waited" in text for _, text in ended)
