@@ -241,3 +241,20 @@ def test_a_run_on_raw_text_needs_no_chat_template_to_the_end(small, execute, tmp
     line = read_metrics(outcome.folder.metrics)[0]
     assert line["labelled_tokens"] > 0.9 * line["tokens"]
     assert line["padded_tokens"] >= line["tokens"]
+
+
+def test_a_packed_and_weighted_run_resumed_in_mid_epoch_repeats_the_uninterrupted_one(small, execute, tmp_path):
+    """The second epoch shows other rows of the half-weighted source; the break lies within the first."""
+    for name, count in (("a", 40), ("b", 60)):
+        rows = [{"instruction": f"{name} {number}?", "output": f"answer {number} " * 3} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = f"data.sources=[{{path:{tmp_path}/a.jsonl}},{{path:{tmp_path}/b.jsonl,weight:0.5}}]"
+    words = [sources, "data.packing=best_fit", "batch.global_size=4", "batch.micro=2", "data.seq_len=128"]
+    whole = execute(small(*words, "run.steps=8", f"run.dir={tmp_path / 'whole'}"))
+    execute(small(*words, "run.steps=8", "checkpoint.every=4", f"run.dir={tmp_path / 'cut'}"))
+    first = tmp_path / "cut" / "checkpoints" / "step-000004"
+    again = execute(small(*words, "run.steps=8", f"resume={first}", f"run.dir={tmp_path / 'again'}"))
+    losses = [[line["loss"] for line in read_metrics(outcome.folder.metrics)] for outcome in (whole, again)]
+    epochs = [line["epoch"] for line in read_metrics(whole.folder.metrics)]
+    assert losses[1] == losses[0][4:]
+    assert epochs[3:5] == [0, 0] and epochs[-1] == 1
