@@ -68,7 +68,7 @@ def nvme_faults(zero: ZeroConf, fsdp: FsdpConf, offload: OffloadConf) -> list[Fa
     if offload.parameters_home is OffloadHome.nvme and (
         not offload.parameters or not offload.optimizer or offload.optimizer_home is not OffloadHome.nvme
     ):
-        problem = "DeepSpeed puts weights on NVMe soundly only together with the optimizer"
+        problem = "weights on NVMe are supported only together with the optimizer"
         faults.append(Fault("offload", problem, "use offload=nvme, or offload=nvme_optimizer"))
     knobs = {"zero.prefetch_bucket": zero.prefetch_bucket, "zero.max_reuse_distance": zero.max_reuse_distance}
     ahead = [key for key, elements in knobs.items() if elements]

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.layout import Layout, lay_out
-from orchestrator.layout.swap import swapped_at_once
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner.activations import FP32, Activations, activations
 from orchestrator.planner.device import overhead
@@ -123,11 +122,7 @@ def _load_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
         return {"weights": sum(p.numel for p in table if p.trainable) * dtype_bytes(spec.precision.compute)}
     if strategy.engine is Engine.DEEPSPEED and strategy.shard is Shard.PARAMETERS:
         # partition_parameters.py zero.Init: a parameter is made whole before it is divided.
-        whole = {"weights": max(p.numel for p in table) * dtype_bytes(spec.precision.compute)}
-        if strategy.nvme is not None:
-            # stage3.py _create_fp32_partitions: a sub-group passes through the card in fp32 on its way to the disk.
-            return whole | {"master": swapped_at_once(strategy, [p for p in table if p.trainable]) * FP32}
-        return whole
+        return {"weights": max(p.numel for p in table) * dtype_bytes(spec.precision.compute)}
     return {}
 
 
