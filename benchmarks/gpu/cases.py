@@ -67,7 +67,7 @@ def case(
         optimizer=s.Optimizer("adamw", lr=1e-5), schedule=s.Schedule("constant", 0), recompute=recompute,
         precision=s.Precision("bf16"), cluster=s.Cluster("one card", 1, ranks, card), checkpoint=s.Checkpoint(0, 1),
         resume="none", eval=s.Evaluation(0), export=s.Export("none", False), logging=s.Logging(1, "none"),
-        plan=s.Planning("ignore"),
+        plan=s.Planning("ignore"), loss=s.Loss("chunked"),
     )  # fmt: skip
     return name, spec
 
