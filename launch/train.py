@@ -40,10 +40,11 @@ def train(overrides: list[str]) -> int:
         from orchestrator.report.record import load
         from orchestrator.report.tables import print_report
         from orchestrator.train.folder import RunFolder, write_json
+        from orchestrator.train.meeting import facts
         from orchestrator.train.run import Run
         from orchestrator.train.world import join, leave
 
-        world = join(spec.cluster.card.name)
+        world = join(spec.cluster.card.name, facts(spec))
         prelude = world.on_first(lambda: settle(spec))
         run = Run(prelude.spec, world, stop=stop)
         if prelude.spec.strategy.nvme is not None:

@@ -200,7 +200,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
     share = conf.batch.global_size // strategy.dp
     micro = choose_micro(conf.batch.micro, share, _tiny(model))
     return spec.RunSpec(
-        run=spec.Run(_home(conf.run.dir), conf.run.steps, conf.run.epochs),
+        run=spec.Run(_home(conf.run.dir), conf.run.steps, conf.run.epochs, conf.run.timeout),
         seed=conf.seed,
         model=model,
         tuning=_tuning(conf.tuning),

@@ -24,6 +24,7 @@ def _positive(value: Any) -> bool:
 RULES: tuple[Rule, ...] = (
     ("run.steps", _at_least(1), "must be at least 1"),
     ("run.epochs", _at_least(1), "must be at least 1"),
+    ("run.timeout", lambda value: value == 0 or value >= 10, "must be at least 10 seconds, or 0 for none"),
     ("seed", lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295"),
     ("batch.global_size", _at_least(1), "must be at least 1"),
     ("batch.micro", _at_least(1), "must be at least 1"),

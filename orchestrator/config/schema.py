@@ -155,6 +155,7 @@ class RunConf:
     dir: str | None = key(None, "folder of the run; null: a fresh one under runs/, named after the run")
     steps: int | None = key(None, "optimizer steps; null: as many as run.epochs takes", "steps")
     epochs: int = key(1, "passes over the training data, where run.steps is null", "passes")
+    timeout: float = key(600.0, "a rank that makes no progress for so long ends the run and is named; 0: never", "seconds")
 
 
 @dataclass

@@ -12,11 +12,15 @@ from orchestrator.spec.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`dir` None: a fresh folder under runs/ is named after the run. `steps` None: `epochs` passes over the data."""
+    """`dir` None: a fresh folder under runs/ is named after the run. `steps` None: `epochs` passes over the data.
+
+    `timeout` are the seconds without progress of a rank after which the run is ended; 0: never.
+    """
 
     dir: str | None
     steps: int | None
     epochs: int
+    timeout: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -196,6 +197,16 @@ def report(error: BaseException, log: Path | None) -> int:
         _wait_to_be_ended(FIRST_SPEAKS)
     _speak(describe(error, rank, size, log), alike=isinstance(error, OrchestratorError))
     return error.exit_code if isinstance(error, OrchestratorError) else 1
+
+
+def abandon(error: OrchestratorError | None, log: Path | None) -> NoReturn:
+    """End this process from any of its threads, where it waits for what will not come; say `error` before, if there is one."""
+    if error is not None:
+        LOG.error("%s", error.report())
+        _speak(describe(error, 0, 1, log), alike=True)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def guarded(work: Callable[[], int], log: Callable[[], Path | None]) -> int:

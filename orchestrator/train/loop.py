@@ -21,6 +21,7 @@ from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics
 from orchestrator.train.schedule import learning_rate
 from orchestrator.train.stop import StopRequest
+from orchestrator.train.watch import EVALUATE, SAVE
 from orchestrator.train.world import World
 
 EvalBatches = Callable[[], Iterable[MicroBatch]]
@@ -60,7 +61,10 @@ def evaluate(engine: Engine, batches: EvalBatches, world: World) -> float:
 
 
 class Loop:
-    """Optimizer steps from `StepBatch`es, with their metrics, evaluations and checkpoints."""
+    """Optimizer steps from `StepBatch`es, with their metrics, evaluations and checkpoints.
+
+    `at(step, phase)` is called wherever the loop moves on, for whoever watches that it does.
+    """
 
     def __init__(
         self,
@@ -74,10 +78,11 @@ class Loop:
         eval_batches: EvalBatches | None = None,
         on_memory: Callable[[int, list[Memory]], None] | None = None,
         on_memory_end: Callable[[int, str, BaseException], OrchestratorError] | None = None,
+        at: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
         self._engine, self._spec, self._world, self._total = engine, spec, world, total
         self._metrics, self._display = metrics, display
-        self._eval_batches, self._on_memory = eval_batches, on_memory
+        self._eval_batches, self._on_memory, self._at = eval_batches, on_memory, at
         self._copies = spec.strategy.tp
         self._watch, self._on_memory_end = Watch(spec), on_memory_end
 
@@ -119,11 +124,15 @@ class Loop:
             self._watch.refuse(number, line["loss"])
             every = self._spec.checkpoint.every
             if every and number % every == 0:
+                self._at(number, SAVE)
                 save(number, batch.epoch)
                 saved = number
             if ending.stopped:
                 break
+            self._at(number, "waiting for the next samples")
             clock = time.perf_counter()
+        if ending is not None:
+            self._at(ending.step, SAVE)
         if ending is not None and saved != ending.step:
             save(ending.step, ending.epoch)
         return ending
@@ -135,13 +144,16 @@ class Loop:
         last, phase = len(batch.micro_batches) - 1, "forward or backward"
         try:
             for index, micro in enumerate(batch.micro_batches):
+                self._at(number, f"forward and backward {index + 1} of {last + 1}")
                 total = total + self._engine.forward_backward(micro, batch.labelled, last=index == last).double()
             phase = "update"
+            self._at(number, "the optimizer's step")
             result = self._engine.step(rate)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if self._on_memory_end is None or not ran_out(error):
                 raise
             raise self._on_memory_end(number, phase, error) from error
+        self._at(number, "the sum of the losses")
         loss_sum, asked = _sum_over_ranks([total, float(bool(stop))], self._world)
         loss = loss_sum / (batch.labelled * self._copies)
         finite = result.finite and math.isfinite(loss)
@@ -154,6 +166,7 @@ class Loop:
         """Add evaluation and memory where they are due, write the line, and show it."""
         spec = self._spec
         if self._eval_batches is not None and spec.eval.every and (step % spec.eval.every == 0 or step == self._total):
+            self._at(step, EVALUATE)
             line["eval_loss"] = evaluate(self._engine, self._eval_batches, self._world)
         due = step % max(1, spec.logging.every) == 0 or step in (1, self._total)
         ranks: list[Memory] = []

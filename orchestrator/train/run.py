@@ -30,6 +30,7 @@ from orchestrator.train.folder import Choice, RunFolder, write_json, write_text
 from orchestrator.train.health import end_of_memory, memory_ended
 from orchestrator.train.log import open_log, quiet_libraries
 from orchestrator.train.loop import Ending, Loop
+from orchestrator.train.meeting import check_alike
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics, drop_after, open_tracker
 from orchestrator.train.probe import Probe, probe_ids
@@ -37,6 +38,7 @@ from orchestrator.train.publish import Publisher
 from orchestrator.train.resume import Reader, changes, check_run, check_tensors, first_sound
 from orchestrator.train.saving import Saved, Saver
 from orchestrator.train.stop import StopRequest, listening
+from orchestrator.train.watch import Watch
 from orchestrator.train.world import World
 from orchestrator.units import format_bytes, format_count, format_seconds
 
@@ -227,6 +229,7 @@ class Run:
         vocabulary = self.spec.model.shape.vocab_size if self.spec.model.shape is not None else None
         if vocabulary is not None:
             data.check_vocabulary(prepared, vocabulary)
+        check_alike(self.world.gather((self.world.host, {"data": prepared.digest})))
         LOG.info("data: %s", prepared.report.sentence())
         per_epoch = data.steps_per_epoch(prepared, spec.batch)
         total = spec.run.steps if spec.run.steps is not None else spec.run.epochs * per_epoch
@@ -313,17 +316,11 @@ class Run:
         held_out: Callable[[], Any] | None = None
         if spec.eval.every and len(prepared.eval):
             held_out = partial(data.eval_batches, prepared, spec.batch.micro, dp_rank, ranks, pad)
+        watch = Watch(world, spec.run.timeout, self._folder.log)
         loop = Loop(
-            engine,
-            spec,
-            world,
-            total,
-            self._metrics,
-            self.display,
-            eval_batches=held_out,
-            on_memory=self._remember,
-            on_memory_end=partial(self._memory_end, engine),
-        )
+            engine, spec, world, total, self._metrics, self.display, eval_batches=held_out, on_memory=self._remember,
+            on_memory_end=partial(self._memory_end, engine), at=watch.at,
+        )  # fmt: skip
 
         self._saver = saver = Saver(world, self._saved, background=spec.checkpoint.background)
 
@@ -347,6 +344,7 @@ class Run:
                 saver.wait()
                 return ending
         finally:
+            watch.close()
             self.display.end()
             if self._metrics is not None:
                 self._metrics.close()

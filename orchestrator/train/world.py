@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import ConfigError, Fault, OrchestratorError
 from orchestrator.train.launcher import PeerFailure, ranks_from_environment
+from orchestrator.train.meeting import meet, open_store
 
 T = TypeVar("T")
 
@@ -23,6 +26,9 @@ _TURNS = itertools.count()
 """Numbers the waits for rank 0; every rank of a run comes to the same ones in the same order."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""Machines of one job may start minutes apart."""
+
 CONTROL_TIMEOUT = timedelta(hours=4)
 """Ranks wait this long for each other to save or to export; a peer that dies is noticed at once all the same. For what rank
 0 does alone (tokenising, say) they wait without limit."""
@@ -30,7 +36,10 @@ CONTROL_TIMEOUT = timedelta(hours=4)
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Rank `rank` of `size`, and `local_rank` of the `local_size` on this machine. `control` carries messages over gloo."""
+    """Rank `rank` of `size`, and `local_rank` of the `local_size` on this machine. `control` carries messages over gloo.
+
+    `store` is where the ranks have met, and `hosts` the machine of each; without one nothing is watched.
+    """
 
     rank: int
     size: int
@@ -38,6 +47,12 @@ class World:
     local_size: int
     device: torch.device
     control: Any
+    store: Any = None
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def host(self) -> str:
+        return self.hosts[self.rank] if self.hosts else socket.gethostname()
 
     @property
     def first(self) -> bool:
@@ -143,14 +158,24 @@ def _share_cores(local_size: int) -> None:
         torch.set_num_threads(max(1, cores // local_size))
 
 
-def join(card: str = "") -> World:
+def _record_collectives(folder: str) -> None:
+    """Switch NCCL's flight recorder on: the last collectives of each rank, kept in a ring and written when one times out or
+    when the watch asks (torch/csrc/distributed/c10d/FlightRecorder.hpp). What a person has set stands."""
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"), ("TORCH_FR_DUMP_TEMP_FILE", folder),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
+def join(card: str = "", about: Mapping[str, Any] | None = None, patience: timedelta = MEETING_TIMEOUT) -> World:
     """Join the process group that the launcher's environment describes; a world of one where there is none.
 
-    `card` "cpu" keeps a machine's cards out of it. CPU tensors travel over gloo also where cards use NCCL, since offloaded
-    states need both. DeepSpeed finds this group and makes none of its own.
+    `about` is what must be the same on every rank; who differs, or has not come within `patience`, is named. `card` "cpu"
+    keeps a machine's cards out of it. CPU tensors travel over gloo also where cards use NCCL, since offloaded states need
+    both. DeepSpeed finds this group and makes none of its own.
 
     Raises:
-        ConfigError: more ranks on this machine than it has cards.
+        ConfigError: more ranks on this machine than it has cards, or ranks that do not agree.
     """
     alone = "WORLD_SIZE" not in os.environ
     if alone:
@@ -162,13 +187,19 @@ def join(card: str = "") -> World:
         torch.cuda.set_device(device)
     else:
         _share_cores(local_size)
+    store: Any = None
+    hosts: tuple[str, ...] = (socket.gethostname(),)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         stores: Any = dist  # torch does not export HashStore to type checkers
-        store = stores.HashStore() if alone else None
+        store = stores.HashStore() if alone else open_store(rank, patience)
+        if not alone:
+            hosts = tuple(hello.host for hello in meet(store, rank, size, about or {}, patience))
+        if device.type == "cuda":
+            _record_collectives(str(Path(tempfile.gettempdir()) / "nccl_trace_rank_"))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return World(rank, size, local_rank, local_size, device, control)
+    return World(rank, size, local_rank, local_size, device, control, store, hosts)
 
 
 def leave() -> None:
