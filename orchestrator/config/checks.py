@@ -13,7 +13,18 @@ from orchestrator.config.schema import (
     ZeroConf,
 )
 from orchestrator.errors import Fault
-from orchestrator.spec import KNOWN_FAMILIES, LINEARS, NF4, Cluster, ModelShape, parameters, quantised
+from orchestrator.spec import (
+    EMBEDDING,
+    HEAD,
+    KNOWN_FAMILIES,
+    LINEARS,
+    NF4,
+    Cluster,
+    ModelShape,
+    norms_of,
+    parameters,
+    quantised,
+)
 from orchestrator.spec.quant import BLOCK
 from orchestrator.units import MIB, align_up, ceil_div, dtype_bytes, format_bytes
 
@@ -215,7 +226,7 @@ def target_names(tuning: TuningConf) -> tuple[str, ...] | None:
 
 def target_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     """LoRA targets that are no names, or that a known family does not have."""
-    if tuning.kind is TuningKind.full:
+    if not tuning.kind.adapters:
         return []
     names, options = target_names(tuning), ", ".join(LINEARS)
     if not names:
@@ -235,6 +246,57 @@ def target_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     return [Fault("tuning.targets", problem, f"valid: {options}, all-linear")]
 
 
+ALL_NORMS = "norms"
+
+
+def module_names(tuning: TuningConf, shape: ModelShape | None) -> tuple[str, ...] | None:
+    """The modules trained beside the adapters as last names, "norms" replaced by the norms of `shape` where they are known;
+    None where they are no names."""
+    given = [tuning.modules] if isinstance(tuning.modules, str) else tuning.modules
+    if not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
+        return None
+    norms = norms_of(shape) if shape is not None and shape.known else (ALL_NORMS,)
+    return tuple(dict.fromkeys(part for name in given for part in (norms if name == ALL_NORMS else (name,))))
+
+
+def module_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
+    """Modules to train whole that are no names, that the family does not have, or that are adapted or quantised."""
+    if not tuning.kind.adapters:
+        return []
+    names = module_names(tuning, shape)
+    if names is None:
+        problem = f"tuning.modules={tuning.modules} is no list of module names"
+        return [Fault("tuning.modules", problem, "write tuning.modules=[embed_tokens,lm_head]")]
+    linear = [name for name in names if name in LINEARS]
+    if linear:
+        problem = f"{', '.join(linear)}: linear layers of the blocks get adapters, and are not trained whole beside them"
+        return [Fault("tuning.modules", problem, "name them in tuning.targets, or use tuning=full")]
+    if shape is None or not shape.known:
+        return []
+    unknown = [name for name in names if name not in (EMBEDDING, HEAD, *norms_of(shape))]
+    if not unknown:
+        return []
+    problem = f"{shape.model_type} has no module {', '.join(unknown)}"
+    return [Fault("tuning.modules", problem, f"valid: {EMBEDDING}, {HEAD}, {ALL_NORMS}")]
+
+
+def tie_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
+    """A head or an embedding that cannot be trained without the other; and untying what is not tied."""
+    if shape is None:
+        return []
+    if not shape.tie_word_embeddings:
+        if not tuning.untie:
+            return []
+        return [Fault("tuning.untie", "would have no effect: this model's head is not tied to its embedding", "leave it out")]
+    parts = [name for name in (module_names(tuning, shape) or ()) if name in (EMBEDDING, HEAD)] if tuning.kind.adapters else []
+    if tuning.untie or not (parts or tuning.kind is TuningKind.head):
+        return []
+    what = f"tuning.modules=[{','.join(parts)}]" if parts else "tuning=head"
+    problem = f"{what}: this model ties its head to its embedding, so that training the one trains the other"
+    remedy = "add tuning.untie=true (the head becomes a copy of its own, and the export says so), or use tuning=lora alone"
+    return [Fault("tuning", problem, remedy)]
+
+
 def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     """Weights that cannot be packed into blocks of 64."""
     if tuning.kind is not TuningKind.qlora or shape is None or not shape.known:
@@ -249,9 +311,9 @@ def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
 
 def export_faults(merge: bool, kind: TuningKind) -> list[Fault]:
     """Merging adapters that are not there."""
-    if not merge or kind is not TuningKind.full:
+    if not merge or kind.adapters:
         return []
-    return [Fault("export.merge", "tuning=full has no adapters to fold in", "leave it out, or add tuning=lora")]
+    return [Fault("export.merge", f"tuning={kind.value} has no adapters to fold in", "leave it out, or add tuning=lora")]
 
 
 def eval_faults(every: int, fraction: float) -> list[Fault]:

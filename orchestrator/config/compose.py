@@ -116,11 +116,14 @@ def _home(path: str | None) -> str | None:
     return path if path is None else str(Path(path).expanduser())
 
 
-def _tuning(conf: TuningConf) -> spec.Tuning:
-    if conf.kind is TuningKind.full:
-        return spec.Tuning(kind="full")
+def _tuning(conf: TuningConf, shape: spec.ModelShape | None) -> spec.Tuning:
+    if conf.kind in (TuningKind.full, TuningKind.head):
+        return spec.Tuning(conf.kind.value, untie=conf.untie)
     targets = spec.expand_targets(checks.target_names(conf) or ())
-    tuning = spec.Tuning(conf.kind.value, rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets)
+    tuning = spec.Tuning(
+        conf.kind.value, rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets,
+        modules=checks.module_names(conf, shape) or (), untie=conf.untie, rslora=conf.rslora,
+    )  # fmt: skip
     if conf.kind is TuningKind.qlora:
         return replace(tuning, quant=conf.quant.value, double_quant=conf.double_quant)
     return tuning
@@ -180,6 +183,8 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.family_faults(model.shape, model.path is None),
         *checks.target_faults(conf.tuning, model.shape),
         *checks.quant_faults(conf.tuning, model.shape),
+        *checks.module_faults(conf.tuning, model.shape),
+        *checks.tie_faults(conf.tuning, model.shape),
         *computing.loss_faults(conf.loss, cluster, model),
         *computing.recompute_faults(conf.recompute, tensor),
         *optimizer_faults(conf.optimizer.name, conf.zero, conf.offload.optimizer, cluster),
@@ -197,13 +202,15 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
     if strategy.gradients == choose_precision(conf.precision.compute, cluster.card):
         strategy = replace(strategy, gradients=None)
     cluster = see_disk(cluster, strategy.nvme)
+    if conf.tuning.untie and model.shape is not None:
+        model = replace(model, shape=replace(model.shape, tie_word_embeddings=False))
     share = conf.batch.global_size // strategy.dp
     micro = choose_micro(conf.batch.micro, share, _tiny(model))
     return spec.RunSpec(
         run=spec.Run(_home(conf.run.dir), conf.run.steps, conf.run.epochs, conf.run.timeout),
         seed=conf.seed,
         model=model,
-        tuning=_tuning(conf.tuning),
+        tuning=_tuning(conf.tuning, model.shape),
         strategy=strategy,
         batch=spec.Batch(conf.batch.global_size, micro, share // micro),
         data=_data(conf.data, choose_seq_len(conf.data, model.shape)),

@@ -13,10 +13,16 @@ Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
 
 NEEDS: tuple[Need, ...] = (
     (
-        ("tuning.rank", "tuning.alpha", "tuning.dropout", "tuning.targets"),
-        lambda conf: conf.tuning.kind is not TuningKind.full,
-        "tuning=full has no adapters",
+        ("tuning.rank", "tuning.alpha", "tuning.dropout", "tuning.targets", "tuning.modules", "tuning.rslora"),
+        lambda conf: conf.tuning.kind.adapters,
+        "only tuning=lora and tuning=qlora have adapters",
         "add tuning=lora",
+    ),
+    (
+        ("tuning.untie",),
+        lambda conf: conf.tuning.kind is TuningKind.head or bool(conf.tuning.modules),
+        "nothing but the head and the embedding can be untied, and neither is trained by itself",
+        "add tuning=head, or tuning.modules=[lm_head]",
     ),
     (
         ("tuning.quant", "tuning.double_quant"),

@@ -43,6 +43,11 @@ class TuningKind(Enum):
     full = "full"
     lora = "lora"
     qlora = "qlora"
+    head = "head"
+
+    @property
+    def adapters(self) -> bool:
+        return self in (TuningKind.lora, TuningKind.qlora)
 
 
 class Quant(Enum):
@@ -224,13 +229,18 @@ class PipelineConf:
 
 @dataclass
 class TuningConf:
-    kind: TuningKind = key(TuningKind.full, "full, lora or qlora (set by the group)")
+    kind: TuningKind = key(TuningKind.full, "full, lora, qlora or head (set by the group)")
     rank: int = key(16, "LoRA: inner size of the adapters")
     alpha: int = key(32, "LoRA: adapters are scaled by alpha / rank")
     dropout: float = key(0.0, "LoRA: share of the adapters' inputs dropped")
     targets: Any = key(
         ["all-linear"], "LoRA: linear layers that get adapters, e.g. [q_proj,v_proj]; all-linear: all of a block"
     )
+    modules: Any = key(
+        [], "LoRA: modules trained whole beside the adapters: embed_tokens, lm_head, norms, or the last name of another"
+    )
+    rslora: bool = key(False, "LoRA: scale by alpha / sqrt(rank), so that high ranks learn as fast (arXiv:2312.03732)")
+    untie: bool = key(False, "give a head that shares the embedding a copy of its own, so that it can be trained alone")
     quant: Quant = key(Quant.nf4, "QLoRA: format in which the linear layers of the blocks rest")
     double_quant: bool = key(True, "QLoRA: quantise the scales of nf4 too; 0.516 instead of 0.563 bytes to a weight")
 

@@ -9,12 +9,14 @@ from orchestrator.layout import deepspeed, fsdp, plain
 from orchestrator.layout.moments import saved_bytes
 from orchestrator.layout.rows import LOADED, STEPPED, Buffer, Layout, Row, check_census, merge
 from orchestrator.spec import (
+    HEAD,
     Batch,
     Engine,
     Home,
     Parameter,
     RunSpec,
     Strategy,
+    only,
     parameters,
     quantised,
     scale_elements,
@@ -36,7 +38,9 @@ def parameter_table(spec: RunSpec) -> tuple[Parameter, ...] | None:
     if shape is None or not shape.known:
         return None
     table = quantised(parameters(shape), spec.tuning.form)
-    return with_lora(table, spec.tuning.rank, spec.tuning.targets) if spec.tuning.adapters else table
+    if spec.tuning.adapters:
+        return with_lora(table, spec.tuning.rank, spec.tuning.targets, spec.tuning.modules)
+    return only(table, (HEAD,)) if spec.tuning.kind == "head" else table
 
 
 def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:

@@ -14,7 +14,7 @@ from orchestrator.model.head import use_head
 from orchestrator.model.location import resolve
 from orchestrator.model.quantised import QuantisedLinear, quantise_linears
 from orchestrator.model.recompute import use_recompute
-from orchestrator.spec import ROOT, Parameter, RunSpec, block_of, to_json
+from orchestrator.spec import ROOT, Parameter, RunSpec, block_of, owner, to_json
 from orchestrator.units import TORCH_NAMES
 
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
@@ -40,7 +40,10 @@ def architecture(spec: RunSpec) -> Any:
         fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
         return AutoConfig.for_model(spec.model.shape.model_type, **fields)
     try:
-        return AutoConfig.from_pretrained(resolve(spec.model), trust_remote_code=spec.model.trust_remote_code)
+        config = AutoConfig.from_pretrained(resolve(spec.model), trust_remote_code=spec.model.trust_remote_code)
+        if spec.tuning.untie:
+            config.tie_word_embeddings = False
+        return config
     except (ValueError, OSError) as error:
         raise ModelError(
             Fault("model.path", f"{spec.model.path}: {str(error).splitlines()[0]}", "give a causal model")
@@ -72,7 +75,42 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
         quantise_linears(model, in_block, spec)
     if spec.tuning.adapters:
         model = _with_adapters(model, spec)
+        _train_whole(model, spec.tuning.modules)
+    if spec.tuning.kind == "head":
+        _train_head_alone(model)
     return model
+
+
+def _train_whole(model: nn.Module, modules: tuple[str, ...]) -> None:
+    """Let the parameters of `modules` learn beside the adapters.
+
+    They are not wrapped by PEFT's ModulesToSaveWrapper, which would keep a frozen copy of each; the export is the same.
+
+    Raises:
+        ModelError: the model has no such module.
+    """
+    found = {owner(name) for name, _ in model.named_parameters()}
+    missing = [module for module in modules if module not in found]
+    if missing:
+        problem = f"{type(model).__name__} has no module {', '.join(missing)} with weights of its own"
+        raise ModelError(Fault("tuning.modules", problem, f"modules with weights: {', '.join(sorted(found))}"))
+    for name, parameter in model.named_parameters():
+        if owner(name) in modules:
+            parameter.requires_grad_(True)
+
+
+def _train_head_alone(model: Any) -> None:
+    """Freeze everything but the output head.
+
+    Raises:
+        ModelError: it is the embedding.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        problem = f"the head of {type(model).__name__} is its embedding: training the one trains the other"
+        raise ModelError(Fault("tuning", problem, "add tuning.untie=true to train a copy of it, or use tuning=lora"))
+    model.requires_grad_(False)
+    head.requires_grad_(True)
 
 
 def _with_adapters(model: Any, spec: RunSpec) -> Any:
@@ -87,6 +125,7 @@ def _with_adapters(model: Any, spec: RunSpec) -> Any:
         target_modules=list(tuning.targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=spec.model.path,
+        use_rslora=tuning.rslora,
     )
     if spec.recompute != "none":
         model.enable_input_require_grads()

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.errors import Fault, ModelError
 from orchestrator.model.location import resolve
-from orchestrator.spec import Parameter, RunSpec
+from orchestrator.spec import EMBEDDING, HEAD, Parameter, RunSpec
 
 
 def base_name(name: str) -> str:
@@ -172,16 +172,22 @@ def _index(folder: Path) -> dict[str, str]:
     return files
 
 
-class InitialWeights:
-    """What a run starts from: adapters from the seed, everything else from the model's files or from the seed."""
+HEAD_WEIGHT, EMBEDDED = f"{HEAD}.weight", f"model.{EMBEDDING}.weight"
 
-    def __init__(self, base: _Source, adapters: AdapterWeights) -> None:
-        self._base, self._adapters = base, adapters
+
+class InitialWeights:
+    """What a run starts from: adapters from the seed, everything else from the model's files or from the seed. An `untied` head
+    starts as the embedding that it was."""
+
+    def __init__(self, base: _Source, adapters: AdapterWeights, *, untied: bool = False) -> None:
+        self._base, self._adapters, self._untied = base, adapters, untied
 
     def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter, in the source's dtype; with `columns` only those of its rows."""
-        source = self._adapters if ".lora_A." in name or ".lora_B." in name else self._base
-        return source.read(name if source is self._adapters else base_name(name), start, stop, columns)
+        if ".lora_A." in name or ".lora_B." in name:
+            return self._adapters.read(name, start, stop, columns)
+        stored = base_name(name)
+        return self._base.read(EMBEDDED if self._untied and stored == HEAD_WEIGHT else stored, start, stop, columns)
 
 
 def open_weights(spec: RunSpec, table: Sequence[Parameter]) -> InitialWeights:
@@ -195,5 +201,6 @@ def open_weights(spec: RunSpec, table: Sequence[Parameter]) -> InitialWeights:
         assert spec.model.shape is not None, "a model without a path has a shape (checked in compose)"
         base = RandomWeights(table, spec.seed, spec.model.shape.model_type)
     else:
-        base = SafetensorsWeights(resolve(spec.model), table)
-    return InitialWeights(base, AdapterWeights(table, spec.seed))
+        own = [p for p in table if not (spec.tuning.untie and base_name(p.name) == HEAD_WEIGHT)]
+        base = SafetensorsWeights(resolve(spec.model), own)
+    return InitialWeights(base, AdapterWeights(table, spec.seed), untied=spec.tuning.untie)

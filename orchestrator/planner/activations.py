@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.spec import ModelShape, RunSpec
+from orchestrator.spec import EMBEDDING, HEAD, ModelShape, RunSpec, norms_of
 from orchestrator.units import ceil_div, dtype_bytes
 
 FP32 = 4
@@ -94,7 +94,8 @@ def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
         return full or bool(targets & set(names))
 
     down = input_of("down_proj")
-    kept = _norms(s, full, shape) + _adapters(spec, s, targets)
+    norms = full or not set(norms_of(shape)).isdisjoint(spec.tuning.modules)
+    kept = _norms(s, norms, shape) + _adapters(spec, s, targets)
     kept += s.c * s.hidden * (input_of("q_proj", "k_proj", "v_proj") + input_of("gate_proj", "up_proj"))
     key = s.key if spec.data.packing == "none" else s.query  # under a mask k and v are repeated for every query head
     scores = spec.data.seq_len * s.heads * (FP32 + (s.c if s.c < FP32 else 0)) if spec.attention == "eager" else 0
@@ -146,6 +147,9 @@ def activations(spec: RunSpec, shape: ModelShape) -> Activations:
     s = sizes(shape, spec.precision.compute, spec.strategy.tp)
     tokens = spec.batch.micro * spec.data.seq_len
     full = spec.tuning.kind == "full"
+    if spec.tuning.kind == "head":  # no gradient goes past it: the frozen blocks keep nothing
+        kept = tokens * s.c * s.hidden if spec.loss.kind == "plain" else 0
+        return Activations(blocks=0, one_block=0, again=0, transient=0, head=kept, host=0)
     pairs = tokens * spec.data.seq_len if spec.data.packing != "none" else 0
     block = tokens * _block(spec, shape, s) + pairs * s.c
     inputs = tokens * s.c * s.hidden
@@ -155,9 +159,11 @@ def activations(spec: RunSpec, shape: ModelShape) -> Activations:
     kept = inputs + (tokens * _products(spec, s) if spec.recompute == "selective" else 0)
     on_host = spec.recompute == "offload" and spec.cluster.card.name != "cpu"
     # Without recompute nothing before the first adapters needs a gradient, so the first norm keeps nothing.
-    first = 0 if full or recompute else tokens * (FP32 * s.hidden + FP32)
+    first = 0 if full or recompute or EMBEDDING in spec.tuning.modules else tokens * (FP32 * s.hidden + FP32)
     # The norm's factor, and the input of the head where its whole product is made; a chunked loss has used it already.
-    head = tokens * (FP32 * s.hidden + ((1 + (spec.loss.kind == "plain")) * s.c * s.hidden if full else 0))
+    norm = full or "norm" in spec.tuning.modules
+    product = (full or HEAD in spec.tuning.modules) and spec.loss.kind == "plain"
+    head = tokens * (FP32 * s.hidden + (norm + product) * s.c * s.hidden)
     last = recompute and (spec.recompute != "every_n" or (layers - 1) % spec.recompute_every == 0)
     return Activations(
         blocks=(layers - again) * block + (0 if on_host else again * kept) - first + (pairs if recompute else 0),

@@ -14,7 +14,7 @@ from orchestrator.layout.moments import hidden_matrix
 from orchestrator.planner.activations import FP32, Sizes, activations, recomputed, sizes
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, nvme_rate, rates
 from orchestrator.planner.traffic import Traffic, traffic
-from orchestrator.spec import Cluster, ModelShape, Parameter, RunSpec, divided_table
+from orchestrator.spec import HEAD, Cluster, ModelShape, Parameter, RunSpec, divided_table
 from orchestrator.units import dtype_bytes
 
 GIGA, TERA = 1e9, 1e12
@@ -188,9 +188,11 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     blocks, head = _blocks(spec, table, shape, s), _head(s)
     backward_factor = 2.0 if spec.tuning.kind == "full" else 1.0
     forward = _seconds(blocks, 1, spec, tokens) + _seconds(head, 1, spec, tokens)
-    backward = _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
-    backward += _seconds(head, backward_factor, spec, tokens)
-    again = _again(blocks, spec, shape, tokens)
+    alone = spec.tuning.kind == "head"  # its backward ends before the blocks, and is of its weights alone
+    learned = 2.0 if HEAD in spec.tuning.modules else backward_factor
+    backward = _seconds(head, learned, spec, tokens)
+    backward += 0.0 if alone else _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
+    again = 0.0 if alone else _again(blocks, spec, shape, tokens)
     unpacking = _unpacking(spec, table)
     forward, backward, again = forward + unpacking, backward + unpacking, again + (unpacking if again else 0.0)
     moved = traffic(spec, table)

@@ -129,7 +129,7 @@ def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     trained = sum(p.numel for p in table if p.trainable)
     gather, reduce = _ring(every * c, ranks), _ring(trained * FP32, ranks)
     across = 2 * _ring(trained // ranks * FP32, copies)
-    gathers = 2 if strategy.reshard_after_forward else 1
+    gathers = 2 if strategy.reshard_after_forward and spec.tuning.kind != "head" else 1
     fetched = returned = updated = 0
     if strategy.parameter_home is not Home.GPU:
         at_rest = trained // ranks * FP32 + (every - trained) // ranks * c

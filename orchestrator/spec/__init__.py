@@ -5,6 +5,8 @@ from orchestrator.spec.codec import digest, from_json, to_json
 from orchestrator.spec.division import Division, divided, divided_table, division, sizes_that_divide, widths
 from orchestrator.spec.job import Kubernetes, Slurm
 from orchestrator.spec.model import (
+    EMBEDDING,
+    HEAD,
     KNOWN_FAMILIES,
     LINEARS,
     PLAIN_HEADS,
@@ -13,6 +15,9 @@ from orchestrator.spec.model import (
     Parameter,
     block_of,
     expand_targets,
+    norms_of,
+    only,
+    owner,
     parameters,
     with_lora,
 )
@@ -39,11 +44,10 @@ from orchestrator.spec.run import (
 from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Nvme, Shard, Strategy
 
 __all__ = [
-    "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch", "Buckets", "Card",
-    "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Health", "Home", "Kubernetes", "Logging",
-    "Loss", "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision", "Run", "RunSpec", "Schedule",
-    "Shard",
-    "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table", "division", "expand_targets",
-    "from_json", "parameters", "quantised", "scale_elements", "sizes_that_divide", "stored", "stored_shape", "to_json",
-    "widths", "with_lora",
+    "EMBEDDING", "HEAD", "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch",
+    "Buckets", "Card", "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Health", "Home",
+    "Kubernetes", "Logging", "Loss", "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision", "Run",
+    "RunSpec", "Schedule", "Shard", "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table",
+    "division", "expand_targets", "from_json", "norms_of", "only", "owner", "parameters", "quantised", "scale_elements",
+    "sizes_that_divide", "stored", "stored_shape", "to_json", "widths", "with_lora",
 ]  # fmt: skip

@@ -17,6 +17,8 @@ PLAIN_HEADS = (*KNOWN_FAMILIES, "phi3", "olmo", "olmo2", "olmo3", "smollm3", "st
 """The `model_type`s whose forward gives the product with the head back as it is, so that the loss can be made inside the head
 (modeling_<family>.py); others may cap or scale their logits."""
 
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+
 ROOT = -1
 """`Parameter.block` of what lies outside every transformer block (embeddings, final norm, head)."""
 
@@ -123,16 +125,35 @@ def parameters(shape: ModelShape) -> tuple[Parameter, ...]:
     return tuple(table)
 
 
-def with_lora(table: tuple[Parameter, ...], rank: int, targets: tuple[str, ...]) -> tuple[Parameter, ...]:
-    """The table after PEFT's injection: the base frozen, and A (rank × in) and B (out × rank) beside each target.
+def owner(name: str) -> str:
+    """The last name of the module that holds the parameter called `name`: "q_proj" of "….self_attn.q_proj.weight"."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def norms_of(shape: ModelShape) -> tuple[str, ...]:
+    """The last names of the norms of a known family."""
+    inner = ("q_norm", "k_norm") if shape.model_type == "qwen3" else ()
+    return ("input_layernorm", "post_attention_layernorm", *inner, "norm")
+
+
+def only(table: tuple[Parameter, ...], modules: tuple[str, ...]) -> tuple[Parameter, ...]:
+    """The table with the parameters of `modules` trained and all others frozen."""
+    return tuple(replace(p, trainable=owner(p.name) in modules) for p in table)
+
+
+def with_lora(
+    table: tuple[Parameter, ...], rank: int, targets: tuple[str, ...], modules: tuple[str, ...] = ()
+) -> tuple[Parameter, ...]:
+    """The table after PEFT's injection: the base frozen but for `modules`, and A (rank × in) and B (out × rank) beside each
+    target.
 
     Names are those of the wrapped module (peft/tuners/lora/layer.py).
     """
     wrapped: list[Parameter] = []
-    for parameter in table:
+    for parameter in only(table, modules):
         module, _, leaf = parameter.name.rpartition(".")
         if module.rpartition(".")[2] not in targets:
-            wrapped.append(replace(parameter, name=f"base_model.model.{parameter.name}", trainable=False))
+            wrapped.append(replace(parameter, name=f"base_model.model.{parameter.name}"))
             continue
         prefix = f"base_model.model.{module}"
         wrapped.append(replace(parameter, name=f"{prefix}.base_layer.{leaf}", trainable=False))

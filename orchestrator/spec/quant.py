@@ -17,6 +17,9 @@ NF4, NF4_DOUBLE = "nf4", "nf4-double"
 
 BLOCK, NESTED_BLOCK, NESTED_VALUES = 64, 256, 256
 
+SMALLEST = 16
+"""Bytes of the smallest tensor that is counted (engine/census.py leaves out single counters)."""
+
 RUN = 2**24
 """Weights that are read, cast and quantised at once: 32 MiB in half precision. A multiple of every block."""
 
@@ -50,10 +53,17 @@ def scale_elements(table: Sequence[Parameter]) -> dict[str, int]:
     """Elements by dtype of the scales beside the quantised weights; every rank holds all of them."""
     found: dict[str, int] = {}
     for parameter in table:
-        blocks = ceil_div(parameter.numel, BLOCK)
-        if parameter.quant == NF4:
-            found["fp32"] = found.get("fp32", 0) + blocks
-        elif parameter.quant == NF4_DOUBLE:
-            found["uint8"] = found.get("uint8", 0) + blocks
-            found["fp32"] = found.get("fp32", 0) + NESTED_VALUES + ceil_div(blocks, NESTED_BLOCK) + 1
+        for dtype, elements in _scales(parameter):
+            if elements * dtype_bytes(dtype) >= SMALLEST:
+                found[dtype] = found.get(dtype, 0) + elements
     return found
+
+
+def _scales(parameter: Parameter) -> tuple[tuple[str, int], ...]:
+    """(dtype, elements) of each tensor of scales of one parameter."""
+    blocks = ceil_div(parameter.numel, BLOCK)
+    if parameter.quant == NF4:
+        return (("fp32", blocks),)
+    if parameter.quant == NF4_DOUBLE:
+        return ("uint8", blocks), ("fp32", NESTED_VALUES + ceil_div(blocks, NESTED_BLOCK) + 1)
+    return ()

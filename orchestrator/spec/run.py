@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from orchestrator.spec.cluster import Cluster
@@ -35,7 +36,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """`kind` "full", "lora" or "qlora"; `targets` are module names, "all-linear" already expanded.
+    """`kind` "full", "lora", "qlora" or "head"; `targets` are module names, "all-linear" already expanded.
+
+    `modules` are the last names of modules that are trained whole beside the adapters. `untie`: the head, which shares the
+    embedding's weights, becomes a copy of its own. `rslora`: adapters are scaled by alpha / √rank (arXiv:2312.03732).
 
     `quant` "nf4" or "none": how the frozen linear layers rest under "qlora"; `double_quant`: their scales quantised too.
     """
@@ -47,6 +51,14 @@ class Tuning:
     targets: tuple[str, ...] = ()
     quant: str = "none"
     double_quant: bool = False
+    modules: tuple[str, ...] = ()
+    untie: bool = False
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """What the adapters' product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def adapters(self) -> bool:

@@ -148,8 +148,11 @@ def write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
 
 
 def write_adapter(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], config: Any, base: str) -> Checksums:
-    """The checksums of what was written: a PEFT adapter in `folder` with PEFT's `config`, which names `base` as its model."""
+    """The checksums of what was written: a PEFT adapter in `folder` with PEFT's `config`, which names `base` as its model, and
+    as modules to save those that were trained whole."""
     adapters = {adapter_name(name): tensor.detach().contiguous() for name, tensor in tensors}
+    whole = {name.removeprefix(WRAPPER).rpartition(".")[0] for name in adapters if ".lora_" not in name}
+    config.modules_to_save = sorted(whole) or None
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.base_model_name_or_path = base
     config.inference_mode = True
@@ -168,17 +171,26 @@ def write_quantisation(folder: Path, double: bool, compute: torch.dtype) -> None
     (folder / QUANTISATION).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
+def replaced(base: Iterable[tuple[str, torch.Tensor]], trained: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Base tensors with those of the same name in `trained` in their place."""
+    return ((name, trained.get(name, tensor)) for name, tensor in base)
+
+
 def merged(
     base: Iterable[tuple[str, torch.Tensor]], adapters: dict[str, torch.Tensor], scaling: float
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Base tensors under their own names with `scaling` × B·A added where `adapters` (by PEFT's saved name) has a pair.
+    """Base tensors under their own names with `scaling` × B·A added where `adapters` (by PEFT's saved name) has a pair, and
+    replaced where it has the whole tensor.
 
     The sum is made in fp32 and rounded once to the base's dtype.
     """
     for name, tensor in base:
         stem = f"{WRAPPER}{name.removesuffix('.weight')}"
         down, up = adapters.get(f"{stem}.lora_A.weight"), adapters.get(f"{stem}.lora_B.weight")
-        if name.endswith(".weight") and down is not None and up is not None:
+        whole = adapters.get(f"{WRAPPER}{name}")
+        if whole is not None:
+            tensor = whole
+        elif name.endswith(".weight") and down is not None and up is not None:
             tensor = (tensor.float() + scaling * (up.float() @ down.float())).to(tensor.dtype)
         yield name, tensor
 

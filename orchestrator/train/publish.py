@@ -69,8 +69,9 @@ class Publisher:
 
     def _write(self, waiting: Path, final: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         spec = self.spec
-        if spec.tuning.kind == "full":
-            self._note(waiting, self._write_model(waiting, tensors))
+        if not spec.tuning.adapters:
+            whole = tensors if spec.tuning.kind == "full" else export.replaced(self._base_tensors(), dict(tensors))
+            self._note(waiting, self._write_model(waiting, whole))
             return
         adapters = {export.adapter_name(name): tensor.detach().clone() for name, tensor in tensors}
         base = str((final / "base").resolve()) if spec.model.path is None else _absolute(spec.model.path)
@@ -100,7 +101,7 @@ class Publisher:
 
     @property
     def _scaling(self) -> float:
-        return self.spec.tuning.alpha / self.spec.tuning.rank
+        return self.spec.tuning.scaling
 
     def _base_tensors(self, *, as_trained: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """The base model's tensors under their own names in the compute dtype, one at a time, as they were loaded;

@@ -81,7 +81,9 @@ def _adapter_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[st
     _hollow(base)
     model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     return (
-        (name.replace(".default.weight", ".weight"), tensor) for name, tensor in model.state_dict().items() if "lora_" in name
+        (name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight"), tensor)
+        for name, tensor in model.state_dict().items()
+        if "lora_" in name or ".modules_to_save." in name
     )
 
 

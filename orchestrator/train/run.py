@@ -69,6 +69,7 @@ def identity(spec: RunSpec) -> dict[str, Any]:
         same |= {f"model.{name}": value for name, value in to_json(spec.model.shape).items()}
     if spec.tuning.adapters:
         same |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}
+        same |= {"tuning.modules": list(spec.tuning.modules), "tuning.rslora": spec.tuning.rslora}
     if spec.tuning.form:
         same |= {"tuning.quant": spec.tuning.quant, "tuning.double_quant": spec.tuning.double_quant}
     return same

@@ -29,6 +29,9 @@ SHAPES: dict[str, s.ModelShape] = {
 }
 """What tensor parallelism divides in two and in four: the parts of 258 rows are odd again; and the families."""
 
+WIDE = ("zero1", "zero2_optimizer", "zero3", "full_shard", "full_shard_cpu")
+"""The strategies that differ in what they do with a tensor that is trained or frozen."""
+
 GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
 CHUNK = 11
 """Labelled tokens that go through the head at once: a micro-batch is several chunks, and in the short step none or one. The
@@ -43,7 +46,13 @@ TUNINGS = {
     "lora": s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj")),
     "nf4": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="nf4"),
     "nf4x2": s.Tuning("qlora", rank=4, alpha=8, targets=s.LINEARS, quant="nf4", double_quant=True),
-}
+    "head": s.Tuning("head"),
+    "modules": s.Tuning(
+        "lora", rank=4, alpha=8, targets=("q_proj",), rslora=True,
+        modules=("embed_tokens", "lm_head", "norm", "input_layernorm"),
+    ),
+    "untied": s.Tuning("head", untie=True),
+}  # fmt: skip
 QUANTISED = ("nf4", "nf4x2")
 
 
@@ -128,6 +137,8 @@ def all_cases(ranks: int) -> list[Case]:
             for name in ("zero2", "zero3", "full_shard")
             for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4))
         ]
+        packed += [Case(name, tuning, "fp32", 1) for name in WIDE for tuning in ("head", "modules")]
+        packed.append(Case("full_shard", "untied", "fp32", 1))
         families = [Case("tensor2", tuning, "fp32", 1, family=name) for name, tuning in FAMILIES]
         families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
         halves = [Case(name, tuning, "fp16", 1) for name, tuning in half]

@@ -1,0 +1,123 @@
+"""Whole runs of each way to train: what is exported is what was trained, and opens in transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from orchestrator import engine as engines
+from orchestrator import model as models
+from orchestrator.config import compose
+from orchestrator.model.build import in_block
+from orchestrator.model.quantised import quantise_loaded
+from orchestrator.train import reopen
+from orchestrator.train.probe import Probe, probe_ids
+
+IDS = torch.arange(16)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("double", ["true", "false"])
+def test_the_adapter_of_a_quantised_base_opens_on_one_and_merges(small, execute, double):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    outcome = execute(small("tuning=qlora", f"tuning.double_quant={double}", "export.merge=true"))
+    base = AutoModelForCausalLM.from_pretrained(outcome.export / "base")
+    plain = logits(base)
+    quantise_loaded(base, in_block, "nf4-double" if double == "true" else "nf4")
+    rounded = logits(base)
+    assert 0.01 < (rounded - plain).abs().mean() < 0.5
+    adapted = PeftModel.from_pretrained(base, outcome.export)
+    merged = AutoModelForCausalLM.from_pretrained(outcome.export / "merged")
+    assert torch.allclose(logits(adapted), logits(merged), atol=1e-4)
+    assert not torch.allclose(logits(adapted), rounded, atol=1e-3)
+    opened, tokenizer = reopen.open_model(outcome.export)
+    assert torch.allclose(logits(opened), logits(merged), atol=1e-4) and isinstance(
+        reopen.answer(opened, tokenizer, "Hi", 2), str
+    )
+    stated = json.loads((outcome.export / "quantization.json").read_text())
+    assert stated["load_in_4bit"] and stated["bnb_4bit_use_double_quant"] is (double == "true")
+
+
+def test_it_opens_on_a_base_that_bitsandbytes_itself_has_quantised(small, execute):
+    """On a model whose rows are multiples of 64, where bitsandbytes' kernel for the CPU is right."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    outcome = execute(small("tuning=qlora", *(f"model.{name}={size}" for name, size in shape.items())))
+    stated = json.loads((outcome.export / "quantization.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(
+        outcome.export / "base", quantization_config=BitsAndBytesConfig(**stated), device_map={"": "cpu"}
+    )
+    adapted = PeftModel.from_pretrained(base, outcome.export)
+    opened, _ = reopen.open_model(outcome.export)
+    adapted.train()  # in evaluation bitsandbytes packs weights anew for a bf16 kernel of some CPUs
+    assert torch.allclose(logits(adapted), logits(opened), atol=1e-4)
+
+
+def test_a_head_alone_changes_nothing_else(small, execute):
+    from transformers import AutoModelForCausalLM
+
+    outcome = execute(small("tuning=head"))
+    trained = AutoModelForCausalLM.from_pretrained(outcome.export)
+    spec = small("tuning=head")
+    table = models.table_of(models.build(spec, torch.device("meta")))
+    weights = models.open_weights(spec, table)
+    changed = []
+    for name, tensor in trained.named_parameters():
+        if not torch.equal(weights.read(name, 0, tensor.numel()).view(tensor.shape), tensor):
+            changed.append(name)
+    assert changed == ["lm_head.weight"]
+
+
+def test_a_tied_head_is_untied_on_request_and_the_export_says_so(small, execute):
+    from transformers import AutoModelForCausalLM
+
+    outcome = execute(small("tuning=head", "tuning.untie=true", "model.tie_word_embeddings=true"))
+    trained = AutoModelForCausalLM.from_pretrained(outcome.export)
+    assert trained.config.tie_word_embeddings is False
+    head, embedding = trained.lm_head.weight, trained.model.embed_tokens.weight
+    assert head is not embedding
+    apart = (head - embedding).detach().abs()
+    assert 0 < float(apart.max()) < 0.2 < float(embedding.detach().abs().max()), (
+        "the head began as the embedding, and has moved a little"
+    )
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_modules_trained_whole_are_saved_and_merged_with_the_adapters(small, execute, kind):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    outcome = execute(small(f"tuning={kind}", "tuning.modules=[lm_head,norms]", "tuning.rslora=true", "export.merge=true"))
+    config = json.loads((outcome.export / "adapter_config.json").read_text())
+    assert config["use_rslora"] and "lm_head" in config["modules_to_save"] and len(config["modules_to_save"]) == 6
+    merged = AutoModelForCausalLM.from_pretrained(outcome.export / "merged")
+    if kind == "lora":
+        base = AutoModelForCausalLM.from_pretrained(outcome.export / "base")
+        adapted = PeftModel.from_pretrained(base, outcome.export)
+        assert torch.allclose(logits(adapted), logits(merged), atol=1e-4)
+    opened, _ = reopen.open_model(outcome.export)
+    assert torch.allclose(logits(opened), logits(merged), atol=1e-4)
+
+
+def test_a_probe_shows_the_logits_and_else_gives_the_loss():
+    spec = compose(["tuning=qlora", "model.num_hidden_layers=1"])
+    probe = Probe(models.loss_sum)
+    engine = engines.make(spec, torch.device("cpu"), probe)
+    module = models.build(spec, engine.building())
+    engine.adopt(module, models.open_weights(spec, models.table_of(module)))
+    ids = probe_ids(100, 7)
+    found = probe.logits(engine, ids)
+    with torch.no_grad():
+        assert torch.allclose(found, module(input_ids=ids).logits, atol=1e-5)
+    assert int(ids.max()) < 100 and found.shape[:2] == ids.shape
+    engine.close()
