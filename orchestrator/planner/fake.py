@@ -33,9 +33,18 @@ def join(rank: int, ranks: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
 
 
+@lru_cache(maxsize=1)
+def _answer_at_once() -> None:
+    """Take the guard that keeps compilers out of the fake mode off every operation: none is at work here."""
+    modes: Any = FakeTensorMode
+    guarded = modes.__torch_dispatch__
+    modes.__torch_dispatch__ = getattr(guarded, "__wrapped__", guarded)
+
+
 @contextmanager
 def fake_tensors(packed: bool = False) -> Iterator[FakeTensorMode]:
     """Every tensor made inside holds no memory, and the libraries in use accept that; `packed`: rows hold several documents."""
+    _answer_at_once()
     _answer_for_values()
     _answer_transformers(packed)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.planner.repeat import ENOUGH, SHORT, repeat
 from orchestrator.planner.splice import splice
 from orchestrator.planner.trace import Living, Note, Trace
 from orchestrator.spec import Engine, RunSpec, from_json, to_json
@@ -114,10 +115,10 @@ def rehearse_here(spec: RunSpec, rank: int = 0, *, whole: bool = False) -> Rehea
     from orchestrator.planner.stage import play
 
     began = time.perf_counter()
-    spliced = None if whole or not can_splice(spec) else _spliced(spec, rank)
-    trace = spliced or play(spec, rank)
+    shortened = None if whole else _shortened(spec, rank)
+    trace = shortened or play(spec, rank)
     trace = trace if spec.checkpoint.background else with_chunk(trace)
-    return summarize(rank, trace, time.perf_counter() - began, "full" if spliced is None else "spliced")
+    return summarize(rank, trace, time.perf_counter() - began, "full" if shortened is None else "spliced")
 
 
 SAVED_AT_ONCE = GIB
@@ -155,6 +156,20 @@ def can_splice(spec: RunSpec) -> bool:
     if shape is None or not shape.known or spec.strategy.engine is Engine.DEEPSPEED:
         return False
     return shape.num_hidden_layers > 2 * FEW * unit(spec) and shape.num_hidden_layers % unit(spec) == 0
+
+
+def _shortened(spec: RunSpec, rank: int) -> Trace | None:
+    """The trace of a run with fewer layers or micro-batches, made as long as the whole one; None where that is not exact."""
+    from orchestrator.planner.stage import play
+
+    more = min(spec.batch.accumulation, ENOUGH) - SHORT
+    if more > 0:
+        size = spec.strategy.dp * spec.batch.micro * SHORT
+        spec = replace(spec, batch=replace(spec.batch, global_size=size, accumulation=SHORT))
+    trace = _spliced(spec, rank) if can_splice(spec) else None
+    if more <= 0:
+        return trace
+    return repeat(trace or play(spec, rank), more)
 
 
 def _spliced(spec: RunSpec, rank: int) -> Trace | None:

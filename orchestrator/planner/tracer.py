@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from orchestrator.planner.shortcut import Shortcut, active_mode
 from orchestrator.planner.trace import NO_LAYER, Note, Trace
 
 
@@ -65,6 +66,9 @@ class Tracer(TorchDispatchMode):
         self._blocks = 0
         self._fake_mode: Any = None
         self._depth = 0
+        self._shortcut = Shortcut()
+        self._names: dict[Any, str] = {}
+        self._standing: dict[Any, bool] = {}
 
     # Recording -----------------------------------------------------------------------------------------------------
 
@@ -145,7 +149,8 @@ class Tracer(TorchDispatchMode):
             self._record(seen.block, size, "resize_", seen.home, seen.layer)
 
     def _see(self, tensor: torch.Tensor, op: str, layer: int) -> None:
-        home = self._homes.get(tensor.device.type)
+        device = tensor.fake_device if type(tensor) is FakeTensor else tensor.device  # asking a fake tensor is an operation
+        home = self._homes.get(device.type)
         if home is None or _wraps_tensors(type(tensor)):
             return
         storage = tensor.untyped_storage()
@@ -160,16 +165,21 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(_wraps_tensors(kind) for kind in types):
+        standing = self._standing.get(types)
+        if standing is None:
+            standing = self._standing[types] = any(_wraps_tensors(kind) for kind in types)
+        if standing:
             return NotImplemented
         # DTensor's sharding propagation runs operations for their shapes alone, under a fake mode of its own.
-        if _PROPAGATING or active_fake_mode() not in (None, self._fake_mode):
+        if _PROPAGATING or active_mode() not in (None, self._fake_mode):
             return func(*args, **(kwargs or {}))
         self._before(func, args)
-        result = func(*args, **(kwargs or {}))
+        result = self._shortcut.perform(func, args, kwargs or {})
         if func is _GLOO_CHUNK:
             return result
-        op = str(func)
+        op = self._names.get(func)
+        if op is None:
+            op = self._names[func] = str(func)
         if isinstance(result, torch.Tensor):
             self._see(result, op, self._layer_for(args, 0))
         elif result is not None:
@@ -177,6 +187,11 @@ class Tracer(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor):
                     self._see(leaf, op, self._layer_for(args, index))
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps the dispatch so that no compiler looks into it, at every operation: none is at work here."""
+        return False
 
     def _before(self, func: Any, args: tuple[Any, ...]) -> None:
         """Called before each operation runs."""
@@ -187,7 +202,7 @@ class Tracer(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         if self._depth == 0:
-            self._fake_mode = active_fake_mode()
+            self._fake_mode = active_mode()
             _LISTENING.append(self)
         self._depth += 1
         super().__enter__()
