@@ -29,18 +29,18 @@ def compare_runs(paths: list[str], out: Path) -> int:
 def compare(overrides: list[str]) -> int:
     """Plan all, print one table, write the picture and the page; exit code 0 if something fits, 3 if nothing does."""
     from orchestrator.errors import MisfitError
-    from orchestrator.planner.plan import LAYOUT
-    from orchestrator.planner.planning import BASES, compare
+    from orchestrator.planner.planning import AUTO, BASES, WITHIN, compare
     from orchestrator.report import plan_page, plan_picture, plans
-    from orchestrator.report.arguments import choices
+    from orchestrator.report.arguments import choices, positive
     from orchestrator.report.progress import progress
 
-    options = {"format": ("text", "json"), "basis": BASES, "out": (), "runs": ()}
-    values, rest = choices(overrides, options, {"format": "text", "basis": LAYOUT, "out": "plans", "runs": ""})
+    options = {"format": ("text", "json"), "basis": BASES, "within": (), "out": (), "runs": ()}
+    usual = {"format": "text", "basis": AUTO, "within": f"{WITHIN:.0f}", "out": "plans", "runs": ""}
+    values, rest = choices(overrides, options, usual)
     if values["runs"]:
         return compare_runs(values["runs"].split(","), Path(values["out"]).expanduser())
     with progress("plan") as advance:
-        made = compare(rest, basis=values["basis"], progress=advance)
+        made = compare(rest, basis=values["basis"], within=positive(values, "within"), progress=advance)
     title = f"{' '.join(rest)}"
     if values["format"] == "json":
         print(json.dumps([plan.to_json() for plan in made], indent=2))

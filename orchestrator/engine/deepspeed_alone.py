@@ -12,6 +12,11 @@ from typing import Any, ClassVar
 import torch
 
 
+def load() -> None:
+    """Import the library now, for the engines of forks to come."""
+    import deepspeed  # noqa: F401
+
+
 @lru_cache(maxsize=1)
 def agree_with_peers() -> None:
     """Let ZeRO-3's checks that every rank walks the modules in the same order (runtime/zero/utils.py) hear this rank's own list

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +20,7 @@ from orchestrator.planner.fixes import fixes
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, SHORT, Plan
 from orchestrator.planner.predict import by_layout, by_rehearsal
 from orchestrator.planner.rehearsal import RehearsalError
+from orchestrator.planner.warm import warm
 from orchestrator.spec import Engine, RunSpec
 
 AUTO = "auto"
@@ -31,6 +34,15 @@ rehearsal decides."""
 ASKED = 600.0
 PATIENCE = 120.0
 """Seconds that a rehearsal may take: where it was asked for, and under basis "auto"."""
+
+WITHIN = 105.0
+"""Seconds after which `compare` starts no more rehearsals and ends those that run, unless it is told otherwise."""
+
+SHORTEST_START = 3.0
+"""Seconds below which none is started."""
+
+REHEARSED = "rehearsed row"
+"""Under which basis `compare` keeps a plan: made without remedies, by a rehearsal alone."""
 
 WORKERS = 2
 """Rehearsals at once; each is one process of one thread with up to 0.7 GB."""
@@ -128,31 +140,58 @@ def crossed(overrides: Sequence[str]) -> tuple[Candidate, ...]:
 def compare(
     overrides: Sequence[str],
     *,
-    basis: str = LAYOUT,
+    basis: str = AUTO,
+    within: float = WITHIN,
     cached: bool = True,
     progress: Progress = lambda done, total, words: None,
 ) -> list[Plan]:
     """The Plans of every strategy, or of the crossed groups, those that fit first, each part from the fastest to the slowest.
 
-    Under basis "rehearsal" or "auto" a candidate that the Layout shows to be hopeless is not rehearsed.
+    Each Plan says what it rests on. Under basis "auto" all that the Layout does not show to be hopeless are rehearsed, the
+    doubtful first and then the fastest, as long as `within` seconds are not over; "rehearsal" takes the time that it needs.
 
     Raises:
         ConfigError: with all faults.
     """
     every = crossed(overrides)
-    done = 0
+    plans = [by_layout(candidate.spec) for candidate in every]
+    names = [store.key(candidate.spec, REHEARSED) for candidate in every]
+    open_ = [] if basis == LAYOUT else [number for number, made in enumerate(plans) if not _hopeless(made)]
+    found = store.recall([names[number] for number in open_]) if cached else {}
+    for number in open_:
+        plans[number] = found.get(names[number], plans[number])
+    queue = sorted((number for number in open_ if names[number] not in found), key=lambda number: _urgency(plans[number]))
+    progress(len(every) - len(queue), len(every), "")
+    deadline = math.inf if basis == REHEARSAL else time.monotonic() + within
 
-    def one(candidate: Candidate) -> Plan:
-        hopeless = by_layout(candidate.spec).memory.short > DOUBT * candidate.spec.cluster.card.memory_bytes
-        return plan_of(candidate.spec, LAYOUT if hopeless else basis, cached=cached, remedies=False)
+    def one(number: int) -> tuple[int, Plan]:
+        left = deadline - time.monotonic()
+        if left < SHORTEST_START:
+            return number, _noted(plans[number], f"not rehearsed: {within:.0f} s were over")
+        try:
+            made = rehearse(every[number].spec, min(ASKED, left))
+        except RehearsalError as error:
+            return number, _noted(plans[number], f"the rehearsal failed, so this is from the layout: {_reason(error)}")
+        if cached:
+            store.keep(names[number], made)
+        return number, made
 
-    plans: list[Plan] = []
-    with ThreadPoolExecutor(WORKERS if basis != LAYOUT else 1) as pool:
-        for made, candidate in zip(pool.map(one, every), every, strict=True):
-            done += 1
-            progress(done, len(every), candidate.words)
-            plans.append(made)
+    if queue:
+        with warm() as rehearse, ThreadPoolExecutor(WORKERS) as pool:
+            for done, (number, made) in enumerate(pool.map(one, queue), start=len(every) - len(queue) + 1):
+                plans[number] = made
+                progress(done, len(every), every[number].words)
     return ranked(plans)
+
+
+def _hopeless(made: Plan) -> bool:
+    """Whether the Layout alone shows that it cannot fit, whatever it may err."""
+    return made.memory.short > DOUBT * made.memory.limit or made.host.short > DOUBT * made.host.limit
+
+
+def _urgency(made: Plan) -> tuple[bool, bool, float]:
+    """Doubtful ones first, then those that fit, the fastest first."""
+    return not _doubtful(made), not made.fits, made.seconds or 0.0
 
 
 def ranked(plans: Sequence[Plan]) -> list[Plan]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.errors import Fault, ModelError
@@ -21,6 +21,9 @@ from orchestrator.units import MIB, align_up
 
 LARGE_BLOCK = 2 * MIB
 """Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
+
+Perform = Callable[[RunSpec, int, float], Rehearsal]
+"""From (spec, rank, seconds that it may take) to the rehearsal."""
 
 CALIBRATION = (
     f"step times: computing at {COMPUTE.share} of the card's peaks ({COMPUTE.low} to {COMPUTE.high} in the recorded runs), "
@@ -216,14 +219,21 @@ def _allocator(result: Rehearsal, room: int) -> _Replayed:
     return _Replayed(free.peak_allocated, needed)
 
 
-def by_rehearsal(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, timeout: float = 600.0) -> Plan:
-    """The Plan of `spec` from running its engine on fake tensors, as rank `rank`, in a child process.
+def _in_child(spec: RunSpec, rank: int, timeout: float) -> Rehearsal:
+    return rehearse(spec, rank, timeout=timeout)
+
+
+def by_rehearsal(
+    spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, timeout: float = 600.0, perform: Perform = _in_child
+) -> Plan:
+    """The Plan of `spec` from running its engine on fake tensors, as rank `rank`: in a child process, unless `perform` says
+    otherwise.
 
     Raises:
         RehearsalError: the engine could not be rehearsed within `timeout` seconds.
     """
     table = table_for(spec) if table is None else table
-    result = rehearse(without_weights(spec), rank, timeout=timeout)
+    result = perform(without_weights(spec), rank, timeout)
     over = device.overhead(spec.cluster, spec.strategy.ranks)
     ledger = _rehearsed_ledger(result, over.workspace)
     alive = ledger.lines(result.peak_phase, GPU)

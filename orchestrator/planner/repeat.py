@@ -2,7 +2,9 @@
 
 The first micro-batch of a step finds no gradients, the last one reduces them; all between are alike. What is alive from one of
 them to the next is found by looking at the last: where the middle one frees a block from before, the last frees at the same
-place a block of the middle one. Where that does not hold, or something would pile up, there is no answer.
+place a block of the middle one. ZeRO-3 is settled only from the run's third micro-batch on: its first step takes the copies
+from the second, if the forward of the first one's last micro-batch is like theirs. Where nothing of this holds, or something
+would pile up, there is no answer.
 """
 
 from __future__ import annotations
@@ -83,6 +85,20 @@ def _middle(trace: Trace, starts: list[int], segment: int, size_of: Mapping[int,
     return _Middle(segment, first, last, born, heirs) if born - gone == set(heirs.values()) else None
 
 
+def _like_last(trace: Trace, starts: list[int], segment: int, donor: _Middle | None) -> _Middle | None:
+    """`donor`, a middle micro-batch of another step that leaves nothing behind, if the forward of the one after
+    `segment`, which starts from what that left, is the same; its backward may reduce at the end."""
+    if donor is None or donor.heirs:
+        return None
+    mine, its = segment + len(PASS), donor.segment
+    length = starts[mine + 1] - starts[mine]
+    if length != starts[its + 1] - starts[its]:
+        return None
+    if not all(_same(trace, starts[mine] + offset, starts[its] + offset) for offset in range(length)):
+        return None
+    return donor
+
+
 def _same(trace: Trace, one: int, other: int) -> bool:
     """Whether two events of two segments do the same."""
     first, second = trace.notes[trace.note[one]], trace.notes[trace.note[other]]
@@ -94,9 +110,14 @@ def repeat(trace: Trace, extra: int) -> Trace | None:
     """The trace with `extra` more middle micro-batches in every step; None where they cannot be told from the one there is."""
     starts = _starts(trace)
     size_of = {block: size for block, size in zip(trace.block, trace.size, strict=True) if block > 0}
-    found = [_middle(trace, starts, segment, size_of) for segment in _middles(trace.segments)]
-    middles = {middle.segment: middle for middle in found if middle is not None}
-    if not middles or len(middles) != len(found):
+    places = _middles(trace.segments)
+    middles: dict[int, _Middle] = {}
+    for segment in reversed(places):
+        middle = _middle(trace, starts, segment, size_of) or _like_last(trace, starts, segment, middles.get(places[-1]))
+        if middle is None:
+            return None
+        middles[segment] = middle
+    if not middles:
         return None
     made = _Copy(trace)
     for segment in range(len(trace.segments)):
