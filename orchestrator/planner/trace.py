@@ -106,12 +106,19 @@ class Trace:
 
     def peak_position(self, home: str | None = "gpu", phase: str | None = None) -> int:
         """Index of the event that reached the peak (of `phase`, where given) first; -1 if nothing was allocated."""
+        # Columns and tables by note, not events: a trace has hundreds of thousands of them.
+        counts = [home is None or note.home == home for note in self.notes]
+        asked = [phase in (None, self.segments[note.segment]) for note in self.notes]
         held, highest, at = 0, 0, -1
-        for index, event in enumerate(self):
-            if home is None or event.note.home == home:
-                held += event.bytes if event.block > 0 else -event.bytes
-                if held > highest and phase in (None, self.segments[event.note.segment]):
-                    highest, at = held, index
+        for index, (block, size, note) in enumerate(zip(self.block, self.size, self.note, strict=True)):
+            if not counts[note]:
+                continue
+            if block < 0:
+                held -= size
+                continue
+            held += size
+            if held > highest and asked[note]:
+                highest, at = held, index
         return at
 
     def living(self, position: int, home: str | None = "gpu") -> tuple[Living, ...]:
