@@ -55,13 +55,6 @@ def shape_for(spec: RunSpec) -> ModelShape:
     return spec.model.shape
 
 
-def without_weights(spec: RunSpec) -> RunSpec:
-    """`spec` with random weights where its dimensions alone make the module: no weights are read and no hub is asked."""
-    if spec.model.shape is None or not spec.model.shape.known:
-        return spec
-    return replace(spec, model=replace(spec.model, path=None))
-
-
 def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> int:
     """Bytes that page-locking adds: torch's pinned allocator rounds each block up to a power of two (ATen/core/
     CachingHostAllocator.h). ZeRO pins flat buffers, FSDP2 each parameter; the moments stay pageable."""
@@ -233,7 +226,7 @@ def by_rehearsal(
         RehearsalError: the engine could not be rehearsed within `timeout` seconds.
     """
     table = table_for(spec) if table is None else table
-    result = perform(without_weights(spec), rank, timeout)
+    result = perform(spec, rank, timeout)
     over = device.overhead(spec.cluster, spec.strategy.ranks)
     ledger = _rehearsed_ledger(result, over.workspace)
     alive = ledger.lines(result.peak_phase, GPU)
