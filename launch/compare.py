@@ -1,6 +1,7 @@
-"""Compare strategies: `python launch/compare.py model=qwen_7b cluster=4xa10 tuning=lora [out=plans] [format=json]`.
+"""Compare strategies: `python launch/compare.py model=qwen_7b cluster=4xa10 tuning=lora [basis=auto] [out=plans]`.
 
-`key=a,b` crosses choices; without zero or fsdp every strategy is planned. Writes a picture and a page into `out`.
+`key=a,b` crosses choices; without zero or fsdp every strategy is planned. `basis=auto` rehearses
+them, as many as `within=105` seconds allow. Writes a picture and a page into `out`.
 `runs=runs/a,runs/b` instead sets what finished runs held on every card beside what was predicted."""
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ def compare_runs(paths: list[str], out: Path) -> int:
 def compare(overrides: list[str]) -> int:
     """Plan all, print one table, write the picture and the page; exit code 0 if something fits, 3 if nothing does."""
     from orchestrator.errors import MisfitError
-    from orchestrator.planner.planning import AUTO, BASES, WITHIN, compare
+    from orchestrator.planner.plan import LAYOUT
+    from orchestrator.planner.planning import BASES, WITHIN, compare
     from orchestrator.report import plan_page, plan_picture, plans
     from orchestrator.report.arguments import choices, positive
     from orchestrator.report.progress import progress
 
     options = {"format": ("text", "json"), "basis": BASES, "within": (), "out": (), "runs": ()}
-    usual = {"format": "text", "basis": AUTO, "within": f"{WITHIN:.0f}", "out": "plans", "runs": ""}
+    usual = {"format": "text", "basis": LAYOUT, "within": f"{WITHIN:.0f}", "out": "plans", "runs": ""}
     values, rest = choices(overrides, options, usual)
     if values["runs"]:
         return compare_runs(values["runs"].split(","), Path(values["out"]).expanduser())

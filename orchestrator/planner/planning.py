@@ -140,7 +140,7 @@ def crossed(overrides: Sequence[str]) -> tuple[Candidate, ...]:
 def compare(
     overrides: Sequence[str],
     *,
-    basis: str = AUTO,
+    basis: str = LAYOUT,
     within: float = WITHIN,
     cached: bool = True,
     progress: Progress = lambda done, total, words: None,
