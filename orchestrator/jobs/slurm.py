@@ -33,8 +33,11 @@ def batches(planned: Sequence[Planned], train: Path) -> list[Batch]:
     """The jobs that carry `planned`: one each, or an array where slurm.array is set. `train` is launch/train.py.
 
     Raises:
-        ConfigError: the runs of an array ask for different resources.
+        ConfigError: a run is for another scheduler, or the runs of an array ask for different resources.
     """
+    if not all(isinstance(run.job, Slurm) for run in planned):
+        problem = "TrainJobs cannot be submitted yet"
+        raise ConfigError(Fault("kubernetes", problem, "use slurm=…, or start torchrun in the pods yourself"))
     if len(planned) > 1 and all(isinstance(run.job, Slurm) and run.job.array for run in planned):
         if len({(run.job, run.spec.cluster) for run in planned}) > 1:
             problem = "the runs of one array have the same nodes and limits, and these differ"
