@@ -11,26 +11,21 @@ from orchestrator import spec
 from orchestrator.config.catalog import CONF_DIR
 from orchestrator.config.compose import compose, compose_conf
 from orchestrator.config.overrides import check_overrides
-from orchestrator.config.schema import JobKind, KubernetesConf, RootConf, SlurmConf
+from orchestrator.config.schema import JobKind, RootConf, SlurmConf
 from orchestrator.errors import ConfigError, Fault
 
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@/:-]*")
-"""Names of partitions, accounts, types of card, images."""
+"""Names of partitions, accounts, types of card."""
 
 JOB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 FEATURES = re.compile(r"[A-Za-z0-9_\[(][A-Za-z0-9_.&|,*()\[\]-]*")
 """Slurm's constraint: features joined by & | , * and brackets (sbatch(1), --constraint)."""
-
-DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-"""Names of Kubernetes objects that become host names (RFC 1123, first character a letter)."""
 
 UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 """What no path of a job may hold: control characters, newlines among them, and backslashes, which sbatch reads itself."""
 
 LEAST_SECONDS_OF_WORK = 5
 """A time limit must leave the run this much before it is told to save."""
-
-Job = spec.Slurm | spec.Kubernetes
 
 
 def unsafe_path(field: str, path: str | None) -> list[Fault]:
@@ -74,55 +69,26 @@ def _minutes(conf: SlurmConf) -> int:
     return max(1, math.ceil(conf.hours * 60 - 1e-6))
 
 
-def _kubernetes_faults(conf: KubernetesConf) -> list[Fault]:
-    faults = [
-        *_word("kubernetes.name", conf.name, DNS_LABEL, "llama3-lora, lower case"),
-        *_word("kubernetes.namespace", conf.namespace, DNS_LABEL, "default"),
-        *_word("kubernetes.runtime", conf.runtime, DNS_LABEL, "torch-distributed"),
-        *_word("kubernetes.image", conf.image, WORD, "registry.example/orchestrator:cuda"),
-        *_word("kubernetes.claim", conf.claim, DNS_LABEL, "workspace"),
-        *unsafe_path("kubernetes.mount", conf.mount),
-    ]
-    if conf.claim is None:
-        problem = "pods need a volume for the run folder, the data and the model, and none is named"
-        faults.append(Fault("kubernetes.claim", problem, "name a persistent volume claim: kubernetes.claim=workspace"))
-    if not conf.mount.startswith("/"):
-        faults.append(Fault("kubernetes.mount", f"{conf.mount} is no absolute path", "write kubernetes.mount=/workspace"))
-    for name in ("cpus", "memory_gib"):
-        if getattr(conf, name) < 1:
-            faults.append(Fault(f"kubernetes.{name}", f"kubernetes.{name}={getattr(conf, name)} must be at least 1"))
-    return faults
-
-
 def _job_faults(conf: RootConf) -> list[Fault]:
-    slurm, kubernetes = (part.kind is JobKind.job for part in (conf.slurm, conf.kubernetes))
-    if slurm == kubernetes:
-        problem = "both slurm and kubernetes are named" if slurm else "no job is named"
-        return [Fault("slurm, kubernetes", problem, "name one, e.g. slurm=a10x4 nodes=2; --help lists the choices of slurm")]
-    faults = _slurm_faults(conf.slurm) if slurm else _kubernetes_faults(conf.kubernetes)
+    if conf.slurm.kind is not JobKind.job:
+        return [Fault("slurm", "no job is named", "name one, e.g. slurm=a10x4 nodes=2; --help lists the choices of slurm")]
+    faults = _slurm_faults(conf.slurm)
     if conf.cluster.name == "local":
         problem = "cluster=local is this machine, and the job runs on others"
         faults.append(Fault("cluster", problem, "name the nodes' cards: cluster=4xa10, for example"))
     return faults
 
 
-def _job(conf: RootConf) -> Job:
-    if conf.slurm.kind is JobKind.job:
-        asked = conf.slurm
-        return spec.Slurm(
-            cpus=asked.cpus, memory_gib=asked.memory_gib, minutes=_minutes(asked), grace=asked.grace,
-            requeues=asked.requeues, name=asked.name, partition=asked.partition, account=asked.account, qos=asked.qos,
-            constraint=asked.constraint, gpu=asked.gpu, array=asked.array,
-            setup=None if asked.setup is None else str(Path(asked.setup).expanduser().resolve()),
-        )  # fmt: skip
-    wanted = conf.kubernetes
-    return spec.Kubernetes(
-        cpus=wanted.cpus, memory_gib=wanted.memory_gib, namespace=wanted.namespace, runtime=wanted.runtime,
-        image=wanted.image, claim=wanted.claim or "", mount=wanted.mount.rstrip("/"), name=wanted.name,
+def _job(asked: SlurmConf) -> spec.Slurm:
+    return spec.Slurm(
+        cpus=asked.cpus, memory_gib=asked.memory_gib, minutes=_minutes(asked), grace=asked.grace,
+        requeues=asked.requeues, name=asked.name, partition=asked.partition, account=asked.account, qos=asked.qos,
+        constraint=asked.constraint, gpu=asked.gpu, array=asked.array,
+        setup=None if asked.setup is None else str(Path(asked.setup).expanduser().resolve()),
     )  # fmt: skip
 
 
-def compose_job(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> tuple[spec.RunSpec, Job]:
+def compose_job(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> tuple[spec.RunSpec, spec.Slurm]:
     """(the run, composed for the cluster of the job and not for this machine; the job that carries it).
 
     Raises:
@@ -144,4 +110,4 @@ def compose_job(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> tuple[sp
     faults += unsafe_path("run.dir", conf.run.dir)
     if faults or run is None:
         raise ConfigError(faults)
-    return run, _job(conf)
+    return run, _job(conf.slurm)

@@ -456,21 +456,6 @@ class SlurmConf:
 
 
 @dataclass
-class KubernetesConf:
-    """A TrainJob of launch/submit.py. Pods, processes and cards are those of the cluster that the choice names."""
-
-    kind: JobKind = key(JobKind.none, "whether a job is submitted (set by the group)")
-    name: str | None = key(None, "name of the TrainJob; null: that of the run folder")
-    namespace: str = key("default", "namespace")
-    runtime: str = key("torch-distributed", "ClusterTrainingRuntime of Kubeflow Trainer")
-    image: str = key("orchestrator:cuda", "image made from docker/")
-    claim: str | None = key(None, "persistent volume claim that holds the run folders, data and models")
-    mount: str = key("/workspace", "where the claim is mounted; a relative run.dir lies in it")
-    cpus: int = key(8, "cores of each pod", "cores")
-    memory_gib: int = key(32, "memory of each pod", "GiB")
-
-
-@dataclass
 class RootConf:
     run: RunConf = field(default_factory=RunConf)
     seed: int = key(0, "decides sample order, random weights, dropout and the held-out split")
@@ -499,4 +484,3 @@ class RootConf:
     health: HealthConf = field(default_factory=HealthConf)
     plan: PlanConf = field(default_factory=PlanConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
-    kubernetes: KubernetesConf = field(default_factory=KubernetesConf)

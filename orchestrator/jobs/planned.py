@@ -11,7 +11,7 @@ from orchestrator.config import compose_job
 from orchestrator.errors import ConfigError, Fault, OrchestratorError
 from orchestrator.planner.plan import Plan
 from orchestrator.planner.prelude import settle
-from orchestrator.spec import Kubernetes, RunSpec, Slurm
+from orchestrator.spec import RunSpec, Slurm
 from orchestrator.train import submission
 from orchestrator.train.folder import ROOT, RunFolder
 
@@ -25,7 +25,7 @@ class Planned:
 
     words: str
     spec: RunSpec
-    job: Slurm | Kubernetes
+    job: Slurm
     plan: Plan
     lines: tuple[str, ...]
 
@@ -54,8 +54,7 @@ def plan(overrides: Sequence[str], taken: Sequence[Path] = ()) -> Planned:
     words = [re.sub(r"^nodes=", "cluster.nodes=", word) for word in overrides]
     spec, job = compose_job(words)
     prelude = settle(spec)
-    root = ROOT if isinstance(job, Slurm) else Path(job.mount) / ROOT
-    spec = submission.placed(prelude.spec, root, taken)
+    spec = submission.placed(prelude.spec, ROOT, taken)
     planned = Planned(" ".join(words), spec, job, prelude.plan, prelude.lines)
     if planned.folder.path in taken:
         problem = f"several runs of the sweep would write into {planned.folder.path}"

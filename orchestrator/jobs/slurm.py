@@ -12,7 +12,6 @@ from orchestrator.cluster import slurm
 from orchestrator.cluster.slurm import Batch
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.jobs.planned import Planned
-from orchestrator.spec import Slurm
 from orchestrator.train import submission
 from orchestrator.train.folder import write_text
 
@@ -33,12 +32,9 @@ def batches(planned: Sequence[Planned], train: Path) -> list[Batch]:
     """The jobs that carry `planned`: one each, or an array where slurm.array is set. `train` is launch/train.py.
 
     Raises:
-        ConfigError: a run is for another scheduler, or the runs of an array ask for different resources.
+        ConfigError: the runs of an array ask for different resources.
     """
-    if not all(isinstance(run.job, Slurm) for run in planned):
-        problem = "TrainJobs cannot be submitted yet"
-        raise ConfigError(Fault("kubernetes", problem, "use slurm=…, or start torchrun in the pods yourself"))
-    if len(planned) > 1 and all(isinstance(run.job, Slurm) and run.job.array for run in planned):
+    if len(planned) > 1 and all(run.job.array for run in planned):
         if len({(run.job, run.spec.cluster) for run in planned}) > 1:
             problem = "the runs of one array have the same nodes and limits, and these differ"
             raise ConfigError(Fault("slurm.array", problem, "leave slurm.array out: one job for each run"))
@@ -48,7 +44,6 @@ def batches(planned: Sequence[Planned], train: Path) -> list[Batch]:
 
 def _batch(planned: Sequence[Planned], train: Path) -> Batch:
     first = planned[0]
-    assert isinstance(first.job, Slurm), "the others are not for Slurm"
     cluster = first.spec.cluster
     return Batch(
         job=first.job, name=first.name, folders=tuple(run.folder.path for run in planned), nodes=cluster.nodes,

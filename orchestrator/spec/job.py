@@ -23,17 +23,3 @@ class Slurm:
     gpu: str | None = None
     setup: str | None = None
     array: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Kubernetes:
-    """A TrainJob of Kubeflow Trainer. `claim` is a persistent volume claim, mounted at `mount` in every pod."""
-
-    cpus: int
-    memory_gib: int
-    namespace: str
-    runtime: str
-    image: str
-    claim: str
-    mount: str
-    name: str | None = None

@@ -22,12 +22,13 @@ from orchestrator.engine import Engine, make
 from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError, OrchestratorError
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower, saved_bytes
 from orchestrator.model import build, loss_sum, open_weights, table_of
-from orchestrator.spec import Parameter, RunSpec, digest, to_json
+from orchestrator.spec import Parameter, RunSpec, digest
 from orchestrator.train import checkpoint, folder
 from orchestrator.train.display import Display, count, home_word
 from orchestrator.train.export import Source
 from orchestrator.train.folder import Choice, RunFolder, write_json, write_text
 from orchestrator.train.health import end_of_memory, memory_ended
+from orchestrator.train.identity import course, identity
 from orchestrator.train.log import open_log, quiet_libraries
 from orchestrator.train.loop import Ending, Loop
 from orchestrator.train.meeting import check_alike
@@ -54,38 +55,6 @@ class Outcome:
     total: int
     stopped: bool
     export: Path | None
-
-
-MOMENTS_OF = {"adamw_bf16": "adamw", "adamw_8bit": "adamw", "paged_adamw_8bit": "adamw"}
-"""Optimizers whose states are those of another, kept in fewer bits: a checkpoint of one resumes under the other."""
-
-
-def identity(spec: RunSpec) -> dict[str, Any]:
-    """What a resumed run must share with the run that saved: the model, what of it is trained, and the seed, which decides
-    random weights, the order of samples and what is held out. Strategies may differ, and the bits of AdamW's states."""
-    same: dict[str, Any] = {"model": spec.model.name, "tuning": spec.tuning.kind, "seed": spec.seed}
-    same["optimizer"] = MOMENTS_OF.get(spec.optimizer.name, spec.optimizer.name)
-    if spec.model.shape is not None:
-        same |= {f"model.{name}": value for name, value in to_json(spec.model.shape).items()}
-    if spec.tuning.adapters:
-        same |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}
-        same |= {"tuning.modules": list(spec.tuning.modules), "tuning.rslora": spec.tuning.rslora}
-    if spec.tuning.form:
-        same |= {"tuning.quant": spec.tuning.quant, "tuning.double_quant": spec.tuning.double_quant}
-    return same
-
-
-def course(spec: RunSpec, prepared: Any) -> dict[str, Any]:
-    """What decides, with the seed, which samples make up a step."""
-    packed = {"data.packing": spec.data.packing} if spec.data.packing != "none" else {}
-    weighted = {"data.sources": [source.weight for source in spec.data.sources]} if spec.data.sources else {}
-    return {
-        "data": prepared.digest,
-        "data.eval_fraction": spec.data.eval_fraction,
-        **packed,
-        **weighted,
-        "batch.global_size": spec.batch.global_size,
-    }
 
 
 def _seed(seed: int, rank: int) -> None:

@@ -154,6 +154,7 @@ def test_refused_with_field_numbers_and_remedy(overrides, ranks, parts):
 OUT_OF_RANGE = [
     ("run.steps", 0, "must be at least 1"),
     ("run.epochs", 0, "must be at least 1"),
+    ("run.timeout", 9, "must be at least 10 seconds, or 0 for none"),
     ("seed", -1, "must be from 0 to 4294967295"),
     ("batch.global_size", 0, "must be at least 1"),
     ("batch.micro", 0, "must be at least 1"),

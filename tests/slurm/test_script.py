@@ -65,8 +65,7 @@ def test_the_environment_carries_no_option_of_a_surrounding_job():
         ("slurm.cpus=0", "slurm.cpus"),
         ("slurm.hours=0.01", "slurm.hours"),
         ("cluster=local", "cluster"),
-        ("kubernetes=cpu", "slurm, kubernetes"),
-        ("slurm=none", "slurm, kubernetes"),
+        ("slurm=none", "slurm"),
     ],
 )
 def test_words_that_would_change_a_job_are_refused_by_name(word, field):
