@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config import compose, run_app
+from orchestrator.errors import ConfigError, Fault
 
 
 def lower(overrides: list[str]) -> int:
@@ -21,6 +22,9 @@ def lower(overrides: list[str]) -> int:
 
     spec = compose(overrides, local=local_cluster)
     fsdp = spec.strategy.engine is Engine.FSDP
+    if spec.strategy.tp > 1:
+        problem = f"tensor={spec.strategy.tp}: accelerate's file has no word for it that divides a model as it is divided here"
+        raise ConfigError(Fault("tensor", problem, "lower it without tensor, or train with launch/train.py"))
     print(json.dumps(layout.accelerate_config(spec) if fsdp else layout.lower(spec), indent=2))
     return 0
 

@@ -85,10 +85,12 @@ def _gradients(spec: RunSpec, table: Sequence[Parameter], backward: Mapping[str,
     if spec.strategy.engine is Engine.FSDP:
         # The root group's gradients stay whole until its reduce-scatter at the very end (_fsdp_param_group.py post_backward).
         root = sum(p.numel for p in trainable if p.block == ROOT)
-        scatter = {"reduce_scatter": backward.get("reduce_scatter", 0)}
         # Its own shard is made by that, after the whole ones are gone (_fsdp_collectives.py foreach_reduce).
-        own = 0 if begin else min(held, ceil_div(root, spec.strategy.dp_shard) * FP32)
-        return _Gradients(begin, begin + head * c, held - own + root * c, scatter)
+        own = min(held, ceil_div(root, spec.strategy.dp_shard) * FP32)
+        scatter = {"reduce_scatter": backward.get("reduce_scatter", 0) + max(0, own - root * c)}
+        # Beside earlier gradients, what each block's all-reduce has summed is kept to the end (_all_reduce_state).
+        kept = held - own if begin and spec.strategy.dp_replicate > 1 else 0
+        return _Gradients(begin, begin + head * c, held - (0 if begin else own) + root * c + kept, scatter)
     if spec.strategy.shard in (Shard.GRADIENTS, Shard.PARAMETERS) or spec.batch.accumulation > 1:
         return _Gradients(begin, max(begin, head * c), held, {})
     return _Gradients(0, min(held, head * (FP32 if spec.strategy.engine is Engine.PLAIN else c)), held, {})
@@ -218,8 +220,9 @@ def card_moments(
     at_norm = {"gradients": backward.get("gradients", 0)}
     fsdp = spec.strategy.engine is Engine.FSDP
     root, blocks = _gathering(spec, parts)
-    fetched = {"gathered": 2 * root + 2 * blocks} if fsdp else {}  # the first block is fetched ahead, and copied out too
-    again = {"gathered": 2 * root} if freed else {}
+    copies = 2 if spec.strategy.dp_shard > 1 else 1  # a group of one gathers straight into its parameters
+    fetched = {"gathered": copies * (root + blocks)} if fsdp else {}  # the first block is fetched ahead, and copied out too
+    again = {"gathered": copies * root} if freed else {}
     # However much the forward kept, the backward frees it block by block, and the root before its gradients are reduced.
     at_first = lasting | {"gathered": root + 2 * blocks} if fsdp else lasting
     ending = {} if fsdp else lasting

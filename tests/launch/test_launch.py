@@ -84,6 +84,8 @@ def test_lower_prints_json_and_nothing_else(tmp_path):
     done = call([*PYTHON, LAUNCH / "lower.py", "zero=stage3", "offload=cpu"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["zero_optimization"]["offload_param"]["device"] == "cpu"
+    done = call([*PYTHON, LAUNCH / "lower.py", "fsdp=full_shard", "tensor=2", "cluster=4xa10"], tmp_path)
+    assert done.returncode == 2 and "accelerate's file has no word for it" in done.stderr and done.stdout == ""
     done = call([*PYTHON, LAUNCH / "lower.py", "fsdp=full_shard", "cluster=4xa10"], tmp_path)
     assert done.returncode == 0 and "FSDP" in json.dumps(json.loads(done.stdout)), done.stderr
     assert not list(tmp_path.iterdir())

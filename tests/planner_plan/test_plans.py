@@ -201,6 +201,16 @@ def test_a_rehearsal_and_the_layout_agree():
     assert Plan.from_json(by_code.to_json()) == by_code
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_copies_of_a_divided_model_are_counted_as_they_are_reduced(accumulated):
+    """A group of one keeps what its all-reduces have summed beside the gradients of earlier micro-batches."""
+    large = ["model=tiny", "model.vocab_size=4096", "model.hidden_size=256", "model.intermediate_size=688", "data.seq_len=32"]
+    words = [*large, "precision=bf16", "cluster=4xa10", "tensor=2", "batch.micro=1", f"batch.global_size={2 * accumulated}"]
+    spec = compose(words)
+    assert (spec.strategy.dp_replicate, spec.strategy.dp_shard, spec.batch.accumulation) == (2, 1, accumulated)
+    assert by_layout(spec).memory.allocated == pytest.approx(by_rehearsal(spec).memory.allocated, rel=0.02)
+
+
 def test_an_unknown_family_is_planned_from_its_config_alone(tmp_path):
     config = {
         "model_type": "phi", "architectures": ["PhiForCausalLM"], "vocab_size": 512, "hidden_size": 64,
