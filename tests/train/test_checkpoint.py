@@ -51,7 +51,7 @@ def test_columns_are_put_together_again(tmp_path, world):
         for first in (0, 3)
         for top, bottom in ((0, 3), (3, 5))
     ]
-    path, _ = checkpoint.save(tmp_path, MOMENT, iter(parts), {}, world, keep=1, expected_bytes=0)
+    path, _ = checkpoint.save(tmp_path, MOMENT, iter(parts), world, scalars={}, keep=1, expected_bytes=0)
     reader = Reader(path)
     for start in range(30):
         for stop in range(start, 31):
