@@ -123,6 +123,7 @@ def test_a_preempted_run_saves_and_comes_back(desk: Desk) -> None:
     assert desk.cluster.wait(victim.number)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_a_run_whose_node_dies_is_started_again_and_finishes(desk: Desk) -> None:
     words = ("nodes=2", "cluster.cards_per_node=1", "slurm.cpus=2", "fsdp=full_shard", "run.steps=200", "checkpoint.every=20")
     queued = Queued(desk, *desk.submit(*words, *SMALL))
