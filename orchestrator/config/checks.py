@@ -18,14 +18,13 @@ from orchestrator.spec import (
     HEAD,
     KNOWN_FAMILIES,
     LINEARS,
-    NF4,
     Cluster,
     ModelShape,
     norms_of,
     parameters,
     quantised,
 )
-from orchestrator.spec.quant import BLOCK
+from orchestrator.spec.quant import DIVISOR
 from orchestrator.units import MIB, align_up, ceil_div, dtype_bytes, format_bytes
 
 ALL_LINEAR = "all-linear"
@@ -298,14 +297,15 @@ def tie_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
 
 
 def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
-    """Weights that cannot be packed into blocks of 64."""
+    """Weights that cannot be packed: nf4 takes blocks of 64, int8 whole elements of the dtype that holds them."""
     if tuning.kind is not TuningKind.qlora or shape is None or not shape.known:
         return []
-    odd = [p for p in quantised(parameters(shape), NF4) if p.quant and p.numel % BLOCK]
+    form = tuning.quant.value
+    odd = [p for p in quantised(parameters(shape), form) if p.quant and p.numel % DIVISOR[form]]
     if not odd:
         return []
     size = " × ".join(str(n) for n in odd[0].shape)
-    problem = f"{odd[0].name} has {size} weights, which nf4 cannot divide into blocks of {BLOCK}"
+    problem = f"{odd[0].name} has {size} weights, which {form} cannot divide into blocks of {DIVISOR[form]}"
     return [Fault("tuning", problem, "use tuning=lora, or a model whose layers divide")]
 
 

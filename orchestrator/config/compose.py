@@ -22,7 +22,7 @@ from orchestrator.config.idle import idle_faults
 from orchestrator.config.optimizer import build_optimizer, optimizer_faults
 from orchestrator.config.overrides import check_overrides, composition_fault
 from orchestrator.config.ranges import path_faults, range_faults
-from orchestrator.config.schema import ClusterConf, Compute, DataConf, RootConf, TuningConf, TuningKind
+from orchestrator.config.schema import ClusterConf, Compute, DataConf, Quant, RootConf, TuningConf, TuningKind
 from orchestrator.config.shapes import DIMENSIONS, resolve_model
 from orchestrator.config.strategy import buckets, build_strategy, largest_part, require_strategy, see_disk, shard_size
 from orchestrator.errors import ConfigError, Fault
@@ -125,7 +125,7 @@ def _tuning(conf: TuningConf, shape: spec.ModelShape | None) -> spec.Tuning:
         modules=checks.module_names(conf, shape) or (), untie=conf.untie, rslora=conf.rslora,
     )  # fmt: skip
     if conf.kind is TuningKind.qlora:
-        return replace(tuning, quant=conf.quant.value, double_quant=conf.double_quant)
+        return replace(tuning, quant=conf.quant.value, double_quant=conf.double_quant and conf.quant is Quant.nf4)
     return tuning
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.config.schema import FsdpKind, LossKind, OnNonfinite, OptimizerName, RecomputeKind, RootConf, TuningKind
+from orchestrator.config.schema import (
+    FsdpKind,
+    LossKind,
+    OnNonfinite,
+    OptimizerName,
+    Quant,
+    RecomputeKind,
+    RootConf,
+    TuningKind,
+)
 from orchestrator.config.strategy import homes
 from orchestrator.errors import Fault
 from orchestrator.spec import Home
@@ -29,6 +38,12 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.tuning.kind is TuningKind.qlora,
         "only tuning=qlora quantises the base",
         "add tuning=qlora",
+    ),
+    (
+        ("tuning.double_quant",),
+        lambda conf: conf.tuning.kind is not TuningKind.qlora or conf.tuning.quant is Quant.nf4,
+        "int8 has one scale to a row, too few to quantise",
+        "use tuning.quant=nf4",
     ),
     (
         ("zero.reduce_bucket", "zero.allgather_bucket", "zero.prefetch_bucket", "zero.persistence_threshold",

@@ -52,6 +52,7 @@ class TuningKind(Enum):
 
 class Quant(Enum):
     nf4 = "nf4"
+    int8 = "int8"
 
 
 class DataSource(Enum):
@@ -241,7 +242,9 @@ class TuningConf:
     )
     rslora: bool = key(False, "LoRA: scale by alpha / sqrt(rank), so that high ranks learn as fast (arXiv:2312.03732)")
     untie: bool = key(False, "give a head that shares the embedding a copy of its own, so that it can be trained alone")
-    quant: Quant = key(Quant.nf4, "QLoRA: format in which the linear layers of the blocks rest")
+    quant: Quant = key(
+        Quant.nf4, "QLoRA: format in which the linear layers of the blocks rest; int8: weights alone, twice nf4's memory"
+    )
     double_quant: bool = key(True, "QLoRA: quantise the scales of nf4 too; 0.516 instead of 0.563 bytes to a weight")
 
 

@@ -1,70 +1,45 @@
-"""Linear layers whose frozen weights rest in 4 bits, through bitsandbytes' operations.
+"""Linear layers whose frozen weights rest in 4 or 8 bits.
 
 The layer is a plain `nn.Linear` whose weight is one packed tensor in the compute dtype, so every engine divides, gathers
-and offloads it as any other; bitsandbytes' own layer keeps its scales in the parameter object, which engines replace.
+and offloads it as any other; bitsandbytes' own layers keep their scales in the parameter object, which engines replace.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from orchestrator.errors import Fault, ModelError
-from orchestrator.spec import NF4_DOUBLE, Parameter, RunSpec, stored_shape
-from orchestrator.spec.quant import BLOCK, NESTED_BLOCK, NESTED_VALUES, RUN
-from orchestrator.units import SHORT_NAMES, TORCH_NAMES, ceil_div
-
-Read = Callable[[int, int], torch.Tensor]
-
-
-@lru_cache(maxsize=1)
-def dynamic_values() -> tuple[float, ...]:
-    """The 256 values that scales are rounded to (arXiv:1511.04561). bitsandbytes is imported here, which registers its
-    operations with torch: when the first layer is made, and by no run without one.
-
-    Raises:
-        ModelError: it is not installed.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for inference that it has not found
-    try:
-        from bitsandbytes.functional import create_dynamic_map
-    except ImportError as error:
-        problem = f"quantised weights need bitsandbytes, which cannot be imported: {error}"
-        raise ModelError(Fault("tuning", problem, "pip install bitsandbytes, or use tuning=lora")) from error
-    return tuple(create_dynamic_map().tolist())
+from orchestrator.model.formats import Read, format_of
+from orchestrator.spec import Parameter, RunSpec, stored_shape
+from orchestrator.spec.quant import DIVISOR, WEIGHTS_PER_BYTE
+from orchestrator.units import SHORT_NAMES, TORCH_NAMES
 
 
 class QuantisedLinear(nn.Linear):
-    """`nn.Linear` with its weight frozen in NF4. `weight` holds the packed bits, n × 1 in the compute dtype; the scales are
-    buffers: `absmax`, and with double quantisation `nested` (the table of 256 values, the maxima of the maxima, their mean)."""
-
-    absmax: torch.Tensor
-    nested: torch.Tensor
+    """`nn.Linear` with its weight frozen in few bits. `weight` holds the packed bits, n × 1 in the compute dtype; the scales
+    are buffers."""
 
     def __init__(self, rows: int, columns: int, bias: nn.Parameter | None, form: str, compute: str) -> None:
         super().__init__(columns, rows, bias=False, device="meta")
-        dynamic_values()
         self.register_parameter("bias", bias)
-        self.form = form
         self.values = Parameter("weight", (rows, columns), 0, trainable=False, quant=form)
+        self.format = format_of(self.values)
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[compute])
         packed = torch.empty(stored_shape(self.values, compute), dtype=dtype, device="meta")
         self.weight = nn.Parameter(packed, requires_grad=False)
-        blocks, nested = ceil_div(self.values.numel, BLOCK), form == NF4_DOUBLE
-        scale = torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta")
-        self.register_buffer("absmax", scale, persistent=False)
-        if nested:
-            size = NESTED_VALUES + ceil_div(blocks, NESTED_BLOCK) + 1
-            self.register_buffer("nested", torch.empty(size, dtype=torch.float32, device="meta"), persistent=False)
+        for name, (size, kind) in self.format.buffers().items():
+            self.register_buffer(name, torch.empty(size, dtype=kind, device="meta"), persistent=False)
+
+    def _named_scales(self) -> dict[str, torch.Tensor]:
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def scales(self) -> list[torch.Tensor]:
         """What rests beside the packed weight."""
-        return [buffer for buffer in self._buffers.values() if buffer is not None]
+        return list(self._named_scales().values())
 
     @torch.no_grad()
     def pack(self, read: Read, start: int, stop: int) -> torch.Tensor:
@@ -73,44 +48,24 @@ class QuantisedLinear(nn.Linear):
         `read(first, last)` gives values of the flattened weight. They pass in runs, cast to the compute dtype as a reader of
         the exported base would have them; neither the values nor the packed weight are ever held whole.
         """
-        ops, dtype, device = torch.ops.bitsandbytes, self.weight.dtype, self.absmax.device
-        each, numel = 2 * dtype.itemsize, self.values.numel
+        scales = self._named_scales()
+        dtype, device = self.weight.dtype, scales["absmax"].device
+        numel = self.values.numel
+        each = WEIGHTS_PER_BYTE[self.values.quant] * dtype.itemsize
         kept = torch.empty(stop - start, dtype=dtype, device=device)
-        double = self.form == NF4_DOUBLE
-        largest = torch.empty(self.absmax.shape, dtype=torch.float32, device=device) if double else self.absmax
-        for first in range(0, numel, RUN):
-            last = min(first + RUN, numel)
-            packed, scale = ops.quantize_4bit(read(first, last).to(device, dtype), BLOCK, "nf4", dtype)
-            largest[first // BLOCK : ceil_div(last, BLOCK)] = scale
+        collected = self.format.scratch(scales)
+        for first in range(0, numel, self.format.run):
+            last = min(first + self.format.run, numel)
+            packed = self.format.pack(read(first, last).to(device, dtype), first, collected)
             begin, end = max(first // each, start), min(last // each, stop)
             if begin < end:
-                kept[begin - start : end - start] = packed.view(-1)[begin - first // each : end - first // each]
-        if double:
-            self._nest(largest)
+                kept[begin - start : end - start] = packed[begin - first // each : end - first // each]
+        self.format.finish(collected, scales)
         return kept
-
-    def _nest(self, largest: torch.Tensor) -> None:
-        code, maxima, mean = self._nested_parts()
-        code.copy_(torch.tensor(dynamic_values()))
-        mean.copy_(largest.mean())
-        small, scale = torch.ops.bitsandbytes.quantize_blockwise(largest.sub_(mean), code, NESTED_BLOCK)
-        self.absmax.copy_(small)
-        maxima.copy_(scale)
-
-    def _nested_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.nested[:NESTED_VALUES], self.nested[NESTED_VALUES:-1], self.nested[-1]
 
     def dequantised(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight, out × in, in `dtype`: made for one product and let go."""
-        absmax = self.absmax
-        if self.form == NF4_DOUBLE:
-            code, maxima, mean = self._nested_parts()
-            absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, maxima, code, NESTED_BLOCK, torch.float32)
-            absmax += mean
-        # bitsandbytes' CPU kernel is wrong where a row is no multiple of the block, so it is shown rows of one block.
-        rows = [self.values.numel // BLOCK, BLOCK]
-        flat = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK, "nf4", rows, dtype)
-        return flat.view(self.values.shape)
+        return self.format.unpack(packed, self._named_scales(), dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _Product.apply(x, self)
@@ -171,11 +126,12 @@ def quantise_linears(model: nn.Module, blocks: Callable[[str], bool], spec: RunS
         problem = f"{type(model).__name__} has no linear layer in its blocks that could be quantised"
         raise ModelError(Fault("tuning", problem, "use tuning=lora"))
     for name, module in found:
-        if module.in_features * module.out_features % BLOCK:
+        form = spec.tuning.form
+        if module.in_features * module.out_features % DIVISOR[form]:
             size = f"{module.out_features} × {module.in_features}"
-            problem = f"{name} has {size} weights, which NF4 cannot divide into blocks of {BLOCK}"
+            problem = f"{name} has {size} weights, which {form} cannot divide into blocks of {DIVISOR[form]}"
             raise ModelError(Fault("tuning", problem, "use tuning=lora"))
         parent, _, leaf = name.rpartition(".")
         rows, columns = module.out_features, module.in_features
-        packed = QuantisedLinear(rows, columns, module.bias, spec.tuning.form, spec.precision.compute)
+        packed = QuantisedLinear(rows, columns, module.bias, form, spec.precision.compute)
         setattr(model.get_submodule(parent), leaf, packed)

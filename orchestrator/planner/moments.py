@@ -15,6 +15,7 @@ from orchestrator.planner.activations import FP32, Activations, activations
 from orchestrator.planner.device import overhead
 from orchestrator.planner.losses import LossCode, loss_peaks
 from orchestrator.spec import (
+    INT8,
     NF4_DOUBLE,
     ROOT,
     Division,
@@ -28,7 +29,7 @@ from orchestrator.spec import (
     division,
     stored,
 )
-from orchestrator.spec.quant import BLOCK, RUN
+from orchestrator.spec.quant import BLOCK, RUN, WEIGHTS_PER_BYTE
 from orchestrator.units import ceil_div, dtype_bytes
 
 GPU = str(Home.GPU)
@@ -147,7 +148,7 @@ def _gathering(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
 
 def _unpacked(spec: RunSpec, table: Sequence[Parameter]) -> int:
     """Bytes of the largest quantised weight, unpacked for its product, and of its scales in fp32 where they are quantised too
-    (model/quantised.py dequantised)."""
+    (model/formats.py unpack)."""
     packed = [p for p in table if p.quant]
     if not packed:
         return 0
@@ -159,9 +160,14 @@ def _unpacked(spec: RunSpec, table: Sequence[Parameter]) -> int:
 def _quantising(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     """What is alive while a weight is packed: a run of its values, its packed part, and its scales in fp32."""
     largest = max((p.numel for p in table if p.quant), default=0)
-    run = min(largest, RUN) * dtype_bytes(spec.precision.compute)
-    kept = largest // 2 // (spec.strategy.dp_shard if spec.strategy.shard is Shard.PARAMETERS else 1)
-    return {"unpacked": run + kept + ceil_div(largest, BLOCK) * FP32} if largest else {}
+    if not largest:
+        return {}
+    form = spec.tuning.form
+    # Of int8's values there is a product in fp32 besides (model/formats.py Int8).
+    size = dtype_bytes(spec.precision.compute) + (FP32 + 1 if form == INT8 else 0)
+    kept = largest // WEIGHTS_PER_BYTE[form] // (spec.strategy.dp_shard if spec.strategy.shard is Shard.PARAMETERS else 1)
+    scales = 0 if form == INT8 else ceil_div(largest, BLOCK) * FP32
+    return {"unpacked": min(largest, RUN) * size + kept + scales}
 
 
 def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:

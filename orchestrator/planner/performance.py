@@ -16,7 +16,7 @@ from orchestrator.data.batch import MicroBatch
 from orchestrator.engine.census import watched
 from orchestrator.engine.protocol import Engine, Weights
 from orchestrator.layout import LOADED, STEPPED, check_census, lay_out
-from orchestrator.model.quantised import dynamic_values
+from orchestrator.model import formats
 from orchestrator.planner.tracer import Tracer
 from orchestrator.spec import Export, Parameter, RunSpec
 
@@ -43,8 +43,7 @@ class Performance:
         import peft  # noqa: F401  (its import makes tensors that live as long as the process; they are not the run's)
 
         tracer, spec = self.tracer, self.spec
-        if spec.tuning.form:
-            dynamic_values()
+        formats.prepare(spec.tuning.form)
         with tracer:
             tracer.enter_phase("load")
             engine = self.make()

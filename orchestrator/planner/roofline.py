@@ -15,6 +15,7 @@ from orchestrator.planner.activations import FP32, Sizes, activations, recompute
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, nvme_rate, rates
 from orchestrator.planner.traffic import Traffic, traffic
 from orchestrator.spec import HEAD, Cluster, ModelShape, Parameter, RunSpec, divided_table
+from orchestrator.spec.quant import WEIGHTS_PER_BYTE
 from orchestrator.units import dtype_bytes
 
 GIGA, TERA = 1e9, 1e12
@@ -131,7 +132,8 @@ def _unpacking(spec: RunSpec, table: Sequence[Parameter]) -> float:
     """Seconds to unpack every quantised weight once in each micro-batch: it is read packed and written in the compute dtype, at
     the memory's rate. Forward and backward do so alike (model/quantised.py _Product)."""
     values = sum(p.numel for p in table if p.quant)
-    moved = values * (0.5 + dtype_bytes(spec.precision.compute)) * spec.batch.accumulation
+    each = 1 / WEIGHTS_PER_BYTE.get(spec.tuning.form, 1) + dtype_bytes(spec.precision.compute)
+    moved = values * each * spec.batch.accumulation
     return moved / (spec.cluster.card.memory_gb_per_s * GIGA * COMPUTE.share)
 
 

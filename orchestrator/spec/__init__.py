@@ -21,7 +21,7 @@ from orchestrator.spec.model import (
     parameters,
     with_lora,
 )
-from orchestrator.spec.quant import NF4, NF4_DOUBLE, quantised, scale_elements, stored, stored_shape
+from orchestrator.spec.quant import INT8, NF4, NF4_DOUBLE, quantised, scale_elements, stored, stored_shape
 from orchestrator.spec.run import (
     Batch,
     Checkpoint,
@@ -44,8 +44,8 @@ from orchestrator.spec.run import (
 from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Nvme, Shard, Strategy
 
 __all__ = [
-    "EMBEDDING", "HEAD", "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES", "Batch",
-    "Buckets", "Card", "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Health", "Home",
+    "EMBEDDING", "HEAD", "INT8", "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES",
+    "Batch", "Buckets", "Card", "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Health", "Home",
     "Logging", "Loss", "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision", "Run",
     "RunSpec", "Schedule", "Shard", "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table",
     "division", "expand_targets", "from_json", "norms_of", "only", "owner", "parameters", "quantised", "scale_elements",

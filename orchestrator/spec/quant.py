@@ -3,6 +3,7 @@
 NF4 (arXiv:2305.14314, section 3): 4 bits to a weight and one absolute maximum to a block of 64, over the flattened tensor.
 Double quantisation keeps these maxima in 8 bits, in blocks of 256, with their mean and a table of 256 values
 (bitsandbytes/functional.py, quantize_4bit).
+int8 (LLM.int8's weights, arXiv:2208.07339, section 2.1): 8 bits to a weight and one absolute maximum to a row of the matrix.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from dataclasses import replace
 from orchestrator.spec.model import LINEARS, ROOT, Parameter
 from orchestrator.units import ceil_div, dtype_bytes
 
-NF4, NF4_DOUBLE = "nf4", "nf4-double"
+NF4, NF4_DOUBLE, INT8 = "nf4", "nf4-double", "int8"
+
+WEIGHTS_PER_BYTE = {NF4: 2, NF4_DOUBLE: 2, INT8: 1}
 
 BLOCK, NESTED_BLOCK, NESTED_VALUES = 64, 256, 256
+
+DIVISOR = {NF4: BLOCK, NF4_DOUBLE: BLOCK, INT8: 4}
+"""What must divide the number of a matrix's weights: whole blocks, and whole elements of any dtype that holds them."""
 
 SMALLEST = 16
 """Bytes of the smallest tensor that is counted (engine/census.py leaves out single counters)."""
@@ -41,7 +47,7 @@ def stored_shape(parameter: Parameter, compute: str) -> tuple[int, ...]:
     mean: FSDP2 casts a group, and ZeRO a model, to one dtype."""
     if not parameter.quant:
         return parameter.shape
-    return (parameter.numel // (2 * dtype_bytes(compute)), 1)
+    return (parameter.numel // (WEIGHTS_PER_BYTE[parameter.quant] * dtype_bytes(compute)), 1)
 
 
 def stored(table: Sequence[Parameter], compute: str) -> tuple[Parameter, ...]:
@@ -66,4 +72,6 @@ def _scales(parameter: Parameter) -> tuple[tuple[str, int], ...]:
         return (("fp32", blocks),)
     if parameter.quant == NF4_DOUBLE:
         return ("uint8", blocks), ("fp32", NESTED_VALUES + ceil_div(blocks, NESTED_BLOCK) + 1)
+    if parameter.quant == INT8:
+        return (("fp32", parameter.shape[0]),)
     return ()

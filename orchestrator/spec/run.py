@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.spec.cluster import Cluster
 from orchestrator.spec.model import ModelShape
-from orchestrator.spec.quant import NF4, NF4_DOUBLE
+from orchestrator.spec.quant import INT8, NF4, NF4_DOUBLE
 from orchestrator.spec.strategy import Strategy
 
 
@@ -41,7 +41,8 @@ class Tuning:
     `modules` are the last names of modules that are trained whole beside the adapters. `untie`: the head, which shares the
     embedding's weights, becomes a copy of its own. `rslora`: adapters are scaled by alpha / √rank (arXiv:2312.03732).
 
-    `quant` "nf4" or "none": how the frozen linear layers rest under "qlora"; `double_quant`: their scales quantised too.
+    `quant` "nf4", "int8" or "none": how the frozen linear layers rest under "qlora"; `double_quant`: the scales of nf4
+    quantised too.
     """
 
     kind: str
@@ -70,6 +71,8 @@ class Tuning:
         """The format of `spec.quant` that linear layers rest in, "" as they are."""
         if self.kind != "qlora":
             return ""
+        if self.quant == INT8:
+            return INT8
         return NF4_DOUBLE if self.double_quant else NF4
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from orchestrator.errors import CheckpointError, Fault
+from orchestrator.spec import INT8, NF4_DOUBLE
 from orchestrator.units import format_bytes
 
 SHARD_BYTES = 2 * 10**9
@@ -160,14 +161,17 @@ def write_adapter(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], con
     return {name: checksum(tensor) for name, tensor in adapters.items()}
 
 
-def write_quantisation(folder: Path, double: bool, compute: torch.dtype) -> None:
-    """State in `folder` that the adapter was trained on a base in NF4."""
-    arguments = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double,
-        "bnb_4bit_compute_dtype": str(compute).removeprefix("torch."),
-    }
+def write_quantisation(folder: Path, form: str, compute: torch.dtype) -> None:
+    """State in `folder` that the adapter was trained on a base in `form`. bitsandbytes' own int8 layer rounds its inputs too,
+    which training here did not."""
+    arguments: dict[str, Any] = {"load_in_8bit": True}
+    if form != INT8:
+        arguments = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": form == NF4_DOUBLE,
+        }
+    arguments["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
     (folder / QUANTISATION).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 

@@ -78,7 +78,7 @@ class Publisher:
         self._note(waiting, export.write_adapter(waiting, adapters.items(), self.source.adapter, base))
         self.tokenizer.save_pretrained(waiting)
         if spec.tuning.form:
-            export.write_quantisation(waiting, spec.tuning.double_quant, self._dtype)
+            export.write_quantisation(waiting, spec.tuning.form, self._dtype)
         if spec.model.path is None:
             (waiting / "base").mkdir()
             self._note(waiting / "base", self._write_model(waiting / "base", self._base_tensors()))

@@ -15,7 +15,7 @@ from orchestrator.data.encode import beginning
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.model.build import in_block
 from orchestrator.model.quantised import quantise_loaded
-from orchestrator.spec import NF4, NF4_DOUBLE
+from orchestrator.spec import INT8, NF4, NF4_DOUBLE
 from orchestrator.train.export import CHECKSUMS, QUANTISATION, compare, end_tokens
 
 
@@ -44,6 +44,13 @@ def quantisation_of(folder: Path) -> dict[str, Any]:
     file = folder / QUANTISATION
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found
+
+
+def form_of(stated: dict[str, Any]) -> str:
+    """The format of `spec.quant` that the arguments of `quantisation_of` mean."""
+    if stated.get("load_in_8bit"):
+        return INT8
+    return NF4_DOUBLE if stated["bnb_4bit_use_double_quant"] else NF4
 
 
 def check(folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -126,8 +133,9 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
     dtype = base["bnb_4bit_compute_dtype"] if base else "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if base:
-        # Not bitsandbytes' own layer: its kernel for the CPU is wrong where a row is no multiple of the block.
-        quantise_loaded(model, in_block, NF4_DOUBLE if base["bnb_4bit_use_double_quant"] else NF4)
+        # Not bitsandbytes' own layers: NF4's kernel for the CPU is wrong where a row is no multiple of the block, and the one
+        # of int8 rounds its inputs.
+        quantise_loaded(model, in_block, form_of(base))
     if is_adapter(folder):
         from peft import PeftModel
 

@@ -109,6 +109,7 @@ REFUSALS = [
     # keys that nothing reads
     ("tuning=lora tuning.double_quant=false", 1, ["tuning.double_quant: would have no effect", "add tuning=qlora"]),
     ("tuning=qlora tuning.quant=fp4", 1, ["fp4", "nf4"]),
+    ("tuning=qlora tuning.quant=int8 tuning.double_quant=true", 1, ["one scale to a row", "tuning.quant=nf4"]),
     ("tuning=qlora tuning.targets=[c_attn]", 1, ["llama has no linear layer c_attn"]),
     (
         "tuning=qlora model.hidden_size=36 model.head_dim=6 model.num_attention_heads=6 model.num_key_value_heads=6",

@@ -46,6 +46,7 @@ TUNINGS = {
     "lora": s.Tuning("lora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj")),
     "nf4": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="nf4"),
     "nf4x2": s.Tuning("qlora", rank=4, alpha=8, targets=s.LINEARS, quant="nf4", double_quant=True),
+    "int8": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="int8"),
     "head": s.Tuning("head"),
     "modules": s.Tuning(
         "lora", rank=4, alpha=8, targets=("q_proj",), rslora=True,
@@ -53,7 +54,7 @@ TUNINGS = {
     ),
     "untied": s.Tuning("head", untie=True),
 }  # fmt: skip
-QUANTISED = ("nf4", "nf4x2")
+QUANTISED = ("nf4", "nf4x2", "int8")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,11 @@ def all_cases(ranks: int) -> list[Case]:
     names = strategies(ranks)
     if ranks == 1:
         alone = [Case(name, *rest, 1) for name, rest in itertools.product(names, (("full", "fp32"), ("lora", "bf16")))]
-        return alone + [Case(name, "nf4x2", "fp32", 1) for name in ("zero2", "zero3", "full_shard")]
+        return (
+            alone
+            + [Case(name, "nf4x2", "fp32", 1) for name in ("zero2", "zero3", "full_shard")]
+            + [Case("full_shard", "int8", "bf16", 1)]
+        )
     if ranks == 2:
         half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
         whole = [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
@@ -135,7 +140,7 @@ def all_cases(ranks: int) -> list[Case]:
         packed += [
             Case(name, *rest)
             for name in ("zero2", "zero3", "full_shard")
-            for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4))
+            for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4), ("int8", "fp32", 1))
         ]
         packed += [Case(name, tuning, "fp32", 1) for name in WIDE for tuning in ("head", "modules")]
         packed.append(Case("full_shard", "untied", "fp32", 1))
@@ -150,6 +155,7 @@ def all_cases(ranks: int) -> list[Case]:
         *(Case(name, "full", "fp32", 1, tied=True) for name in tied),
         *(Case("full_shard_tensor2", tuning, "bf16", 2) for tuning in ("full", "lora")),
         Case("hybrid_shard", "full", "fp32", 1, family="halves"),
+        *(Case(name, "int8", "fp32", 1) for name in ("zero3", "full_shard")),
         *optimizer_cases(ranks),
     ]
 

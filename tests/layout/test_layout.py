@@ -67,6 +67,7 @@ def test_golden_lowering(name: str) -> None:
 def test_golden_lowering_of_a_quantised_base(name: str) -> None:
     spec = spec_of("zero1" if name == "plain" else name, "nf4x2")
     hold(f"{name}_nf4x2", replace(spec, strategy=Strategy(Engine.PLAIN, Shard.NONE)) if name == "plain" else spec)
+    assert lower(spec_of("full_shard", "int8"))["quantised"] == {"format": "int8", "storage_dtype": "bf16"}
 
 
 def hold(name: str, spec: Any) -> None:
@@ -125,6 +126,10 @@ def test_a_quantised_base_rests_packed_and_its_scales_whole() -> None:
         held = {(row.line, row.dtype): row for row in lay_out(spec, [query, *(p for p in table if p.trainable)]).rows}
         assert (held["frozen", "fp32"].elements, held["frozen", "fp32"].shards) == (288 // ranks, ranks)
         assert (held["scales", "uint8"].elements, held["scales", "fp32"].elements) == (36, 256 + 1 + 1)
+    spec = spec_of("full_shard", "int8", "fp32")
+    query = next(p for p in parameter_table(spec) or () if p.name.endswith("q_proj.base_layer.weight"))
+    held = {(row.line, row.dtype): row for row in lay_out(spec, [query]).rows}
+    assert (held["frozen", "fp32"].elements, held["scales", "fp32"].elements) == (48 * 48 // 4 // 4, 48)
 
 
 def test_swapped_bytes_are_those_of_the_parts() -> None:

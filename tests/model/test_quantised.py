@@ -11,11 +11,12 @@ from orchestrator import model as models
 from orchestrator.config import compose
 from orchestrator.errors import ModelError
 from orchestrator.layout import parameter_table
-from orchestrator.model import quantised
+from orchestrator.model import formats
 from orchestrator.model.quantised import QuantisedLinear, quantise_loaded
-from orchestrator.spec import NF4, NF4_DOUBLE, scale_elements
+from orchestrator.spec import INT8, NF4, NF4_DOUBLE, scale_elements
 
 FORMS = pytest.mark.parametrize("form", [NF4, NF4_DOUBLE])
+EVERY = pytest.mark.parametrize("form", [NF4, NF4_DOUBLE, INT8])
 
 
 def layer_of(values: torch.Tensor, form: str) -> QuantisedLinear:
@@ -56,6 +57,29 @@ def test_it_computes_what_bitsandbytes_own_layer_does(form: str, dtype: torch.dt
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_keeps_the_weights_of_bitsandbytes(dtype: torch.dtype) -> None:
+    """LLM.int8's own codes and scales; no weight moves by more than half a code, and a row of zeros stays one."""
+    import bitsandbytes  # noqa: F401  (registers its operations)
+
+    values = normal(96, 41 * 4, dtype)
+    values[7] = 0
+    layer = layer_of(values, INT8)
+    codes, scale, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(values)
+    kept = [row for row in range(96) if row != 7]
+    ours = layer.weight.detach().view(torch.int8).view(96, -1)
+    assert torch.equal(layer.absmax, scale.float()) and not ours[7].any()
+    if dtype is torch.float32:  # bitsandbytes rounds in the dtype of the values, here in fp32 always
+        assert torch.equal(ours[kept], codes[kept])
+    again = layer.dequantised(layer.weight, torch.float32)
+    assert ((again - values).abs() <= scale.float()[:, None] / 127 * 0.501).all()
+    x = normal(5, 164, dtype).requires_grad_()
+    product = layer(x)
+    product.backward(torch.ones_like(product))
+    weight = layer.dequantised(layer.weight, dtype)
+    assert torch.equal(product, x @ weight.T) and torch.equal(x.grad, torch.ones_like(product) @ weight)
+
+
 @FORMS
 def test_rows_that_are_no_multiple_of_the_block_are_unpacked_right(form: str) -> None:
     values = normal(128, 352, torch.float32)
@@ -66,12 +90,12 @@ def test_rows_that_are_no_multiple_of_the_block_are_unpacked_right(form: str) ->
     assert ((again - values).reshape(-1, 64).abs() <= bound).all()
 
 
-@FORMS
+@EVERY
 def test_parts_of_a_packed_weight_are_those_of_the_whole(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = normal(96, 160, torch.bfloat16)
     whole = layer_of(values, form)
     scales = [scale.clone() for scale in whole.scales()]
-    monkeypatch.setattr(quantised, "RUN", 4096)
+    monkeypatch.setattr(formats, "RUN", 4096)
     size, flat = whole.weight.numel(), values.reshape(-1)
     cuts = [0, 1000, 1001, size, size]
     parts = [whole.pack(lambda start, stop: flat[start:stop], *run) for run in itertools.pairwise(cuts)]
@@ -79,7 +103,7 @@ def test_parts_of_a_packed_weight_are_those_of_the_whole(form: str, monkeypatch:
     assert all(torch.equal(again, once) for again, once in zip(whole.scales(), scales, strict=True))
 
 
-@FORMS
+@EVERY
 def test_what_it_holds_is_what_the_table_says(form: str) -> None:
     layer = layer_of(normal(96, 160, torch.bfloat16), form)
     held: dict[str, int] = {}
@@ -87,22 +111,23 @@ def test_what_it_holds_is_what_the_table_says(form: str) -> None:
         name = {torch.float32: "fp32", torch.uint8: "uint8"}[scale.dtype]
         held[name] = held.get(name, 0) + scale.numel()
     assert held == scale_elements([layer.values])
-    assert layer.weight.shape == (96 * 160 // 4, 1)
+    assert layer.weight.shape == (96 * 160 // (2 if form == INT8 else 4), 1)
 
 
-@pytest.mark.parametrize("double", ["true", "false"])
+@pytest.mark.parametrize("words", ["tuning.double_quant=true", "tuning.double_quant=false", "tuning.quant=int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
-def test_the_table_is_that_of_the_module(family: str, double: str) -> None:
-    spec = compose([f"model.model_type={family}", "tuning=qlora", f"tuning.double_quant={double}", "tuning.targets=q_proj"])
+def test_the_table_is_that_of_the_module(family: str, words: str) -> None:
+    spec = compose([f"model.model_type={family}", "tuning=qlora", words, "tuning.targets=q_proj"])
     table = parameter_table(spec)
     assert table is not None
     assert set(models.table_of(models.build(spec, torch.device("meta")))) == set(table)
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantised.dynamic_values.cache_clear()
+    formats.dynamic_values.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ModelError) as caught:
         models.build(compose(["tuning=qlora"]), torch.device("meta"))
+    models.build(compose(["tuning=qlora", "tuning.quant=int8"]), torch.device("meta"))  # needs nothing
     assert "need bitsandbytes" in str(caught.value) and "pip install bitsandbytes" in str(caught.value)
     assert len(caught.value.report().splitlines()) < 6

@@ -12,6 +12,7 @@ from orchestrator import model as models
 from orchestrator.config import compose
 from orchestrator.model.build import in_block
 from orchestrator.model.quantised import quantise_loaded
+from orchestrator.spec import INT8, NF4, NF4_DOUBLE
 from orchestrator.train import reopen
 from orchestrator.train.probe import Probe, probe_ids
 
@@ -23,17 +24,21 @@ def logits(model):
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("double", ["true", "false"])
-def test_the_adapter_of_a_quantised_base_opens_on_one_and_merges(small, execute, double):
+FORMS = {NF4_DOUBLE: (), NF4: ("tuning.double_quant=false",), INT8: ("tuning.quant=int8",)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_adapter_of_a_quantised_base_opens_on_one_and_merges(small, execute, form):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    outcome = execute(small("tuning=qlora", f"tuning.double_quant={double}", "export.merge=true"))
+    outcome = execute(small("tuning=qlora", *FORMS[form], "export.merge=true"))
     base = AutoModelForCausalLM.from_pretrained(outcome.export / "base")
     plain = logits(base)
-    quantise_loaded(base, in_block, "nf4-double" if double == "true" else "nf4")
+    quantise_loaded(base, in_block, form)
     rounded = logits(base)
-    assert 0.01 < (rounded - plain).abs().mean() < 0.5
+    apart = (rounded - plain).abs().mean()
+    assert (0.0005 < apart < 0.02) if form == INT8 else (0.01 < apart < 0.5)
     adapted = PeftModel.from_pretrained(base, outcome.export)
     merged = AutoModelForCausalLM.from_pretrained(outcome.export / "merged")
     assert torch.allclose(logits(adapted), logits(merged), atol=1e-4)
@@ -43,7 +48,7 @@ def test_the_adapter_of_a_quantised_base_opens_on_one_and_merges(small, execute,
         reopen.answer(opened, tokenizer, "Hi", 2), str
     )
     stated = json.loads((outcome.export / "quantization.json").read_text())
-    assert stated["load_in_4bit"] and stated["bnb_4bit_use_double_quant"] is (double == "true")
+    assert reopen.form_of(stated) == form
 
 
 def test_it_opens_on_a_base_that_bitsandbytes_itself_has_quantised(small, execute):
