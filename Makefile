@@ -15,8 +15,9 @@ demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" LOCAL_SIZE=$(RANKS) $(BIN)/deepspeed launch/train.py zero=stage3 offload=cpu run.dir=runs/demo run.epochs=15
 	$(BIN)/python launch/ask.py run=runs/demo "What is the capital of France?"
 
+# Files side by side, two at a time: the tests of two ranks wait for each other half of the time.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(CHECK)
 	$(BIN)/ruff check .
