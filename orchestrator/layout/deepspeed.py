@@ -141,7 +141,8 @@ def _stage3_rows(
     own = sum(ceil_div(p.numel, ranks) for p in trainable)
     own_frozen = sum(ceil_div(p.numel, ranks) for p in frozen)
     padding = own * ranks - sum(p.numel for p in trainable)
-    kept_whole = sum(p.numel for p in (*trainable, *frozen) if p.numel <= buckets.persistence)
+    small = [p.numel for p in (*trainable, *frozen) if p.numel <= buckets.persistence]
+    kept_whole = sum(ceil_div(numel, ranks) * ranks for numel in small)  # views of whole parts, _allgather_params_coalesced
     if ranks == 1 and (parameter_home is Home.GPU or host_computes):
         kept_whole = 0
     if parameter_home is Home.NVME:
@@ -164,7 +165,7 @@ def _stage3_rows(
         )
     return (
         *weights,
-        Row("persistent", compute, Home.GPU, kept_whole, since=STEPPED),
+        Row("persistent", compute, Home.GPU, kept_whole, padding=kept_whole and kept_whole - sum(small), since=STEPPED),
         *states,
         Row(
             "gradients", strategy.gradients or compute, optimizer_home.in_memory, own, ranks, padding

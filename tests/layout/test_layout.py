@@ -114,6 +114,16 @@ def test_padding_and_rank_decide_the_rows() -> None:
     assert last.rows[1].padding == 3 * 48
 
 
+def test_weights_that_stay_whole_under_zero3_stay_with_the_padding_of_their_parts() -> None:
+    """Five norms of 48: on five ranks DeepSpeed gathers five parts of 10 for each and keeps a view of them."""
+    spec = spec_of("zero3")
+    spec = replace(spec, strategy=replace(spec.strategy, dp_shard=5))
+    table = parameter_table(spec)
+    assert table is not None
+    row = next(row for row in lay_out(spec, table).rows if row.line == "persistent")
+    assert (row.elements, row.padding) == (5 * 50, 5 * 2)
+
+
 def test_a_quantised_base_rests_packed_and_its_scales_whole() -> None:
     """q_proj of 48 × 48: 2304 weights of half a byte are 288 elements of fp32 in 4 parts; 36 scales of a byte are on each rank,
     with a table of 256 values, the scale of their one block and their mean."""
