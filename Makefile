@@ -34,7 +34,7 @@ bench: $(READY)
 sweep: $(READY)
 	$(BIN)/python -m pytest -q -m slow
 
-# Kills, damages and resumes, all of them: about an hour on two cores.
+# Kills, damages, resumes and moves, all of them: about an hour on two cores.
 FAULTS := PYTHONPATH=.:tests OMP_NUM_THREADS=1
 faults: $(READY)
 	mkdir -p build
@@ -42,6 +42,7 @@ faults: $(READY)
 	$(FAULTS) LD_PRELOAD=$(CURDIR)/build/boundary.so $(BIN)/python tests/faults/kills.py --random 200 --json benchmarks/results/faults-kills.json
 	$(FAULTS) $(BIN)/python tests/faults/damage.py --cases 1000 --json benchmarks/results/faults-damage.json
 	$(FAULTS) $(BIN)/python tests/faults/resumes.py --ranks 2 --json benchmarks/results/faults-resumes.json zero=stage2 tuning=lora tuning.dropout=0.1
+	$(FAULTS) $(BIN)/python tests/faults/moves.py --chains 60 --json benchmarks/results/faults-moves.json
 
 # torch goes first and alone, so that nothing that follows can choose another build of it.
 $(READY): pyproject.toml constraints.txt

@@ -100,15 +100,15 @@ def live(rank: int, ranks: int, port: int, work: Callable[[World], None]) -> Non
         os._exit(code)
 
 
-def run(ranks: int, work: Callable[[World], None]) -> list[int]:
-    """The exit codes of `ranks` processes that do `work` together."""
+def run(ranks: int, work: Callable[[World], None], patience: float = PATIENCE) -> list[int]:
+    """The exit codes of `ranks` processes that do `work` together, within `patience` seconds."""
     port, children = free_port(), []
     for rank in range(ranks):
         child = os.fork()
         if not child:
             live(rank, ranks, port, work)
         children.append(child)
-    deadline, codes = time.monotonic() + PATIENCE, {}
+    deadline, codes = time.monotonic() + patience, {}
     while len(codes) < ranks:
         for child in set(children) - set(codes):
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -122,7 +122,7 @@ def run(ranks: int, work: Callable[[World], None]) -> list[int]:
                 os.waitpid(child, 0)
                 codes[child] = -signal.SIGKILL
             if not any(codes.values()):
-                raise TimeoutError(f"{ranks} ranks still ran after {PATIENCE:.0f} s")
+                raise TimeoutError(f"{ranks} ranks still ran after {patience:.0f} s")
         time.sleep(0.002)
     return list(codes.values())
 

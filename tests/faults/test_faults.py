@@ -44,3 +44,9 @@ def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(boundary):
 def test_every_damage_is_seen_and_passed_over():
     found = run("damage.py", "--cases", "60")
     assert found["missed"] == [] and sum(found["tried"].values()) == 60
+
+
+def test_a_checkpoint_of_one_strategy_goes_on_under_another_on_another_number_of_ranks():
+    found = run("moves.py", "--only", "plain", "zero3_cpu@2", "tensor2@2", "--tunings", "lora")
+    assert found["wrong"] == [] and found["moves"] == 9
+    assert found["loss_apart"] < 1e-6
