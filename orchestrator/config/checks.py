@@ -309,6 +309,23 @@ def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     return [Fault("tuning", problem, "use tuning=lora, or a model whose layers divide")]
 
 
+def dora_faults(tuning: TuningConf, tensor: int, offload: OffloadConf) -> list[Fault]:
+    """DoRA where the weight whose rows it measures cannot be seen whole."""
+    if not tuning.dora or not tuning.kind.adapters:
+        return []
+    faults = []
+    if tuning.kind is TuningKind.qlora:
+        problem = "tuning.dora=true with tuning=qlora: PEFT measures the rows of the base's weight, and finds packed bits"
+        faults.append(Fault("tuning.dora", problem, "use tuning=lora, or leave it out"))
+    if tensor > 1:
+        problem = f"tuning.dora=true with tensor={tensor}: the rows that PEFT measures are parts of rows there"
+        faults.append(Fault("tuning.dora", problem, "use fsdp=full_shard tensor=none, or leave it out"))
+    if OffloadHome.nvme in (offload.optimizer_home, offload.parameters_home):
+        problem = "tuning.dora=true with weights or states on NVMe has not been tried"
+        faults.append(Fault("tuning.dora", problem, "use offload=cpu, or leave it out"))
+    return faults
+
+
 def export_faults(merge: bool, kind: TuningKind) -> list[Fault]:
     """Merging adapters that are not there."""
     if not merge or kind.adapters:

@@ -122,7 +122,7 @@ def _tuning(conf: TuningConf, shape: spec.ModelShape | None) -> spec.Tuning:
     targets = spec.expand_targets(checks.target_names(conf) or ())
     tuning = spec.Tuning(
         conf.kind.value, rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets,
-        modules=checks.module_names(conf, shape) or (), untie=conf.untie, rslora=conf.rslora,
+        modules=checks.module_names(conf, shape) or (), untie=conf.untie, rslora=conf.rslora, dora=conf.dora,
     )  # fmt: skip
     if conf.kind is TuningKind.qlora:
         return replace(tuning, quant=conf.quant.value, double_quant=conf.double_quant and conf.quant is Quant.nf4)
@@ -184,6 +184,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.target_faults(conf.tuning, model.shape),
         *checks.quant_faults(conf.tuning, model.shape),
         *checks.module_faults(conf.tuning, model.shape),
+        *checks.dora_faults(conf.tuning, tensor, conf.offload),
         *checks.tie_faults(conf.tuning, model.shape),
         *computing.loss_faults(conf.loss, cluster, model),
         *computing.recompute_faults(conf.recompute, tensor),

@@ -60,10 +60,6 @@ def company_faults(tensor: TensorConf, tuning: TuningConf, loss: LossConf, optim
     if tensor.size > 1 and tuning.kind is TuningKind.qlora:
         problem = f"tensor={tensor.size} with tuning=qlora: packed weights have no rows and columns to divide"
         faults.append(Fault(FIELD, problem, "use tuning=lora, or fsdp=full_shard tensor=none"))
-    if tensor.size > 1 and (tuning.kind is TuningKind.head or tuning.modules):
-        what = "tuning=head" if tuning.kind is TuningKind.head else "tuning.modules"
-        problem = f"tensor={tensor.size} with {what}: shown to be exact under the other strategies, not under this one"
-        faults.append(Fault(FIELD, problem, "use fsdp=full_shard tensor=none, or tuning=lora alone"))
     if tensor.size > 1 and loss.kind is LossKind.liger:
         problem = f"tensor={tensor.size} with loss.kind=liger: its kernel knows no divided vocabulary"
         faults.append(Fault(FIELD, problem, "use loss.kind=chunked"))

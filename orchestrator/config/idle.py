@@ -22,7 +22,8 @@ Need = tuple[tuple[str, ...], Callable[[RootConf], bool], str, str]
 
 NEEDS: tuple[Need, ...] = (
     (
-        ("tuning.rank", "tuning.alpha", "tuning.dropout", "tuning.targets", "tuning.modules", "tuning.rslora"),
+        ("tuning.rank", "tuning.alpha", "tuning.dropout", "tuning.targets", "tuning.modules", "tuning.rslora",
+         "tuning.dora"),
         lambda conf: conf.tuning.kind.adapters,
         "only tuning=lora and tuning=qlora have adapters",
         "add tuning=lora",

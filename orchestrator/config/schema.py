@@ -241,6 +241,7 @@ class TuningConf:
         [], "LoRA: modules trained whole beside the adapters: embed_tokens, lm_head, norms, or the last name of another"
     )
     rslora: bool = key(False, "LoRA: scale by alpha / sqrt(rank), so that high ranks learn as fast (arXiv:2312.03732)")
+    dora: bool = key(False, "LoRA: train the size of each row of a weight apart from its direction (arXiv:2402.09353)")
     untie: bool = key(False, "give a head that shares the embedding a copy of its own, so that it can be trained alone")
     quant: Quant = key(
         Quant.nf4, "QLoRA: format in which the linear layers of the blocks rest; int8: weights alone, twice nf4's memory"

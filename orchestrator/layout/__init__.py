@@ -39,7 +39,7 @@ def parameter_table(spec: RunSpec) -> tuple[Parameter, ...] | None:
         return None
     table = quantised(parameters(shape), spec.tuning.form)
     if spec.tuning.adapters:
-        return with_lora(table, spec.tuning.rank, spec.tuning.targets, spec.tuning.modules)
+        return with_lora(table, spec.tuning.rank, spec.tuning.targets, spec.tuning.modules, spec.tuning.dora)
     return only(table, (HEAD,)) if spec.tuning.kind == "head" else table
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from orchestrator.errors import Fault, ModelError
+from orchestrator.model.dora import magnitudes_without_values
 from orchestrator.model.head import use_head
 from orchestrator.model.location import resolve
 from orchestrator.model.quantised import QuantisedLinear, quantise_linears
@@ -126,11 +127,13 @@ def _with_adapters(model: Any, spec: RunSpec) -> Any:
         task_type="CAUSAL_LM",
         base_model_name_or_path=spec.model.path,
         use_rslora=tuning.rslora,
+        use_dora=tuning.dora,
     )
     if spec.recompute != "none":
         model.enable_input_require_grads()
     try:
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        with magnitudes_without_values():
+            return get_peft_model(model, lora, autocast_adapter_dtype=False)
     except ValueError as error:
         modules = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(

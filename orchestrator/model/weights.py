@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from orchestrator.errors import Fault, ModelError
+from orchestrator.model.dora import is_magnitude, lengths, rows_of
 from orchestrator.model.location import resolve
 from orchestrator.spec import EMBEDDING, HEAD, Parameter, RunSpec
+from orchestrator.units import TORCH_NAMES
 
 
 def base_name(name: str) -> str:
@@ -68,7 +71,7 @@ class AdapterWeights:
     `nn.Linear`'s default, B zero; a function of (seed, name) alone."""
 
     def __init__(self, table: Sequence[Parameter], seed: int) -> None:
-        self._shapes = {p.name: p.shape for p in table if p.adapter}
+        self._shapes = {p.name: p.shape for p in table if p.adapter and not is_magnitude(p.name)}
         self._seed = seed
 
     def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
@@ -176,16 +179,22 @@ HEAD_WEIGHT, EMBEDDED = f"{HEAD}.weight", f"model.{EMBEDDING}.weight"
 
 
 class InitialWeights:
-    """What a run starts from: adapters from the seed, everything else from the model's files or from the seed. An `untied` head
-    starts as the embedding that it was."""
+    """What a run starts from: adapters from the seed, DoRA's lengths from the rows that they are of, everything else from the
+    model's files or from the seed. An `untied` head starts as the embedding that it was."""
 
-    def __init__(self, base: _Source, adapters: AdapterWeights, *, untied: bool = False) -> None:
-        self._base, self._adapters, self._untied = base, adapters, untied
+    def __init__(
+        self, base: _Source, adapters: AdapterWeights, widths: Mapping[str, int], compute: str, *, untied: bool = False
+    ) -> None:
+        self._base, self._adapters, self._widths, self._untied = base, adapters, widths, untied
+        self._dtype: torch.dtype = getattr(torch, TORCH_NAMES[compute])
 
     def read(self, name: str, start: int, stop: int, columns: Columns = None) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter, in the source's dtype; with `columns` only those of its rows."""
         if ".lora_A." in name or ".lora_B." in name:
             return self._adapters.read(name, start, stop, columns)
+        if is_magnitude(name):
+            weight = rows_of(name)
+            return lengths(partial(self.read, weight), self._widths[weight], start, stop, self._dtype)
         stored = base_name(name)
         return self._base.read(EMBEDDED if self._untied and stored == HEAD_WEIGHT else stored, start, stop, columns)
 
@@ -203,4 +212,5 @@ def open_weights(spec: RunSpec, table: Sequence[Parameter]) -> InitialWeights:
     else:
         own = [p for p in table if not (spec.tuning.untie and base_name(p.name) == HEAD_WEIGHT)]
         base = SafetensorsWeights(resolve(spec.model), own)
-    return InitialWeights(base, AdapterWeights(table, spec.seed), untied=spec.tuning.untie)
+    widths = {p.name: p.shape[-1] for p in table}
+    return InitialWeights(base, AdapterWeights(table, spec.seed), widths, spec.precision.compute, untied=spec.tuning.untie)

@@ -75,13 +75,23 @@ def _norms(s: Sizes, full: bool, shape: ModelShape) -> int:
 
 def _adapters(spec: RunSpec, s: Sizes, targets: frozenset[str]) -> int:
     """The narrow product of each adapter and, with dropout, its own dropped input and mask."""
-    width = {"o_proj": s.query, "down_proj": s.inner}
+    width, rows = {"o_proj": s.query, "down_proj": s.inner}, _rows(s)
     kept = 0
     for name in targets:
         kept += s.c * spec.tuning.rank
+        if spec.tuning.dora:  # both products, for the gradient of the lengths (peft/tuners/lora/dora.py forward)
+            kept += 2 * s.c * rows.get(name, 0)
         if spec.tuning.dropout:
             kept += (s.c + 1) * width.get(name, s.hidden)
     return kept
+
+
+def _rows(s: Sizes) -> dict[str, int]:
+    """The width of what each linear layer of a block gives."""
+    return {
+        "q_proj": s.query, "k_proj": s.key, "v_proj": s.key, "o_proj": s.hidden,
+        "gate_proj": s.inner, "up_proj": s.inner, "down_proj": s.hidden,
+    }  # fmt: skip
 
 
 def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
@@ -106,10 +116,7 @@ def _block(spec: RunSpec, shape: ModelShape, s: Sizes) -> int:
 
 def _products(spec: RunSpec, s: Sizes) -> int:
     """Bytes for each token that `recompute=selective` keeps of one block: the results of its matrix products and attention."""
-    rows = {
-        "q_proj": s.query, "k_proj": s.key, "v_proj": s.key, "o_proj": s.hidden,
-        "gate_proj": s.inner, "up_proj": s.inner, "down_proj": s.hidden,
-    }  # fmt: skip
+    rows = _rows(s)
     adapters = sum(spec.tuning.rank + rows.get(name, 0) for name in spec.tuning.targets) if spec.tuning.adapters else 0
     scores = 2 * spec.data.seq_len * s.heads * s.c if spec.attention == "eager" else FP32 * s.heads
     return s.c * (sum(rows.values()) + s.query + adapters) + scores

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
+from orchestrator.model.dora import is_magnitude, lengths, rows_of
 from orchestrator.model.weights import AdapterWeights
 from orchestrator.spec import Parameter, RunSpec
 from orchestrator.units import TORCH_NAMES
@@ -18,6 +20,7 @@ class BlankWeights:
 
     def __init__(self, spec: RunSpec, table: Sequence[Parameter]) -> None:
         compute = spec.precision.compute if spec.precision.compute != "fp32" else "bf16"
+        self._compute = getattr(torch, TORCH_NAMES[spec.precision.compute])
         self._dtype = getattr(torch, TORCH_NAMES[compute])
         self._widths = {p.name: math.prod(p.shape[1:]) for p in table}
         self._adapters = AdapterWeights(table, spec.seed)
@@ -26,6 +29,9 @@ class BlankWeights:
         """Elements [start, stop) of the flattened parameter, or `columns` of its rows."""
         if ".lora_A." in name or ".lora_B." in name:
             return self._adapters.read(name, start, stop, columns)
+        if is_magnitude(name):
+            weight = rows_of(name)
+            return lengths(partial(self.read, weight), self._widths[weight], start, stop, self._compute)
         width = self._widths[name]
         first, last = start // width, -(-stop // width)
         if columns is not None:

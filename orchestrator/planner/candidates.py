@@ -60,8 +60,10 @@ def _deepspeed(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
 
 def _swapping(spec: RunSpec, offloaded: Strategy) -> Iterator[tuple[str, Strategy]]:
     """What rests on NVMe under ZeRO-3, unless config/checks.py refuses it."""
-    shape = spec.model.shape
-    if spec.tuning.form or spec.optimizer.name != "adamw" or spec.checkpoint.background or shape is None or not shape.known:
+    shape, tuning = spec.model.shape, spec.tuning
+    if tuning.form or tuning.dora or spec.optimizer.name != "adamw" or spec.checkpoint.background:
+        return
+    if shape is None or not shape.known:
         return
     for choice, offload in SWAPS.items():
         optimizer_home, parameter_home = homes(offload)
@@ -97,7 +99,9 @@ def _tensor(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
     """Tensor parallelism inside a machine, alone and with what remains of the ranks sharded."""
     ranks, shape, cards = spec.strategy.ranks, spec.model.shape, spec.cluster.cards_per_node
     able = sizes_that_divide(shape) if shape is not None and shape.known else ()
-    if spec.tuning.form or spec.loss.kind == "liger" or spec.optimizer.name not in divisions.OPTIMIZERS:
+    if spec.tuning.form or spec.tuning.dora or spec.loss.kind == "liger" or spec.optimizer.name not in divisions.OPTIMIZERS:
+        return
+    if spec.recompute == "selective":  # config/computing.py recompute_faults
         return
     for size in TENSOR_SIZES:
         if size not in able or ranks % size or cards % size:

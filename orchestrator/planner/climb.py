@@ -60,7 +60,7 @@ def _four_bits(spec: RunSpec) -> Iterator[Rung]:
     shape, kind = spec.model.shape, spec.tuning.kind
     if kind in ("full", "lora") and spec.strategy.tp == 1 and shape is not None and shape.known:
         base = spec.tuning if spec.tuning.adapters else Tuning("lora", targets=LINEARS)
-        tuning = replace(base, kind="qlora", quant="nf4", double_quant=True)
+        tuning = replace(base, kind="qlora", quant="nf4", double_quant=True, dora=False)
         yield "QLoRA (trains adapters alone)", "tuning=qlora", replace(spec, tuning=tuning)
 
 

@@ -68,10 +68,10 @@ def adapters(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     """Adapters instead of all weights, and a base in 4 bits instead of 16, under every strategy."""
     if spec.tuning.form or spec.model.shape is None or not spec.model.shape.known:
         return
-    tunings = [replace(spec.tuning, kind="qlora", quant="nf4", double_quant=True)]
+    tunings = [replace(spec.tuning, kind="qlora", quant="nf4", double_quant=True, dora=False)]
     if not spec.tuning.adapters:
         lora = Tuning("lora", targets=LINEARS)
-        tunings = [lora, replace(lora, kind="qlora", quant="nf4", double_quant=True)]
+        tunings = [lora, replace(lora, kind="qlora", quant="nf4", double_quant=True, dora=False)]
     for tuning in tunings:
         other = replace(spec, tuning=tuning)
         yield f"tuning={tuning.kind}", other

@@ -27,6 +27,7 @@ from orchestrator.spec import (
     Shard,
     divided_table,
     division,
+    owner,
     stored,
 )
 from orchestrator.spec.quant import BLOCK, RUN, WEIGHTS_PER_BYTE
@@ -157,6 +158,15 @@ def _unpacked(spec: RunSpec, table: Sequence[Parameter]) -> int:
     return largest * dtype_bytes(spec.precision.compute) + scales
 
 
+def _measuring(spec: RunSpec, table: Sequence[Parameter]) -> int:
+    """Bytes that DoRA holds while it measures the rows of its largest weight: a unit matrix, the adapters' product made with
+    it, that scaled, and its sum with the weight (peft/tuners/lora/dora.py get_lora_weight, get_weight_norm)."""
+    if not spec.tuning.dora:
+        return 0
+    sizes = [p.shape[1] ** 2 + 3 * p.numel for p in table if len(p.shape) == 2 and owner(p.name) == "base_layer"]
+    return max(sizes, default=0) * dtype_bytes(spec.precision.compute)
+
+
 def _quantising(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     """What is alive while a weight is packed: a run of its values, its packed part, and its scales in fp32."""
     largest = max((p.numel for p in table if p.quant), default=0)
@@ -197,7 +207,7 @@ def card_moments(
 ) -> tuple[Moment, ...]:
     """What the card of rank `rank` holds at each instant, in the order of a run, optimizer states present (second step on)."""
     layout = lay_out(spec, table, rank)
-    unpacked = _unpacked(spec, table)
+    unpacked, rows = _unpacked(spec, table), _measuring(spec, table)
     loading = _quantising(spec, table)
     table = stored(table, spec.precision.compute)
     parts = divided_table(table, spec.strategy.tp)
@@ -209,8 +219,11 @@ def card_moments(
     lasting = {line: count for line, count in backward.items() if line not in ("gradients", "reduce_scatter")}
     workspace = {"workspace": overhead(spec.cluster, spec.strategy.ranks).workspace}
     forward = _moving(layout, "forward", Home.GPU)
+    if spec.recompute != "none":
+        unpacked = max(unpacked, rows)
     last = {"activations": held.again + held.transient, "unpacked": unpacked}
     inside = {"activations": held.one_block + held.transient, "unpacked": unpacked}
+    in_forward = {"gradients": gradients.at_loss, "activations": held.blocks + held.again, "unpacked": rows}
 
     def now(phase: str, what: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(phase, what, _sum(rest, workspace, *parts))
@@ -235,6 +248,7 @@ def card_moments(
     return (
         Moment("load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, table), loading)),
         now("forward", "gathering the root", fetched, {"gradients": gradients.at_loss}),
+        *([now("forward", "the rows of the last block", forward, in_forward)] if rows else []),
         now("forward", "the head", forward, at_loss, peaks.product),
         now("forward", "the loss", outside, at_loss, peaks.forward),
         now("backward", "the gradient of the loss", waiting, at_loss, peaks.backward),

@@ -107,6 +107,7 @@ class Plan:
         tokens_per_second: of the whole cluster, sequences full.
         fixes: cheapest first, where the run does not fit.
         notes: what was assumed.
+        optimizer: which; plans of before it was written down are AdamW's.
     """
 
     label: str
@@ -130,6 +131,7 @@ class Plan:
     tokens_per_second: float | None
     fixes: tuple[Fix, ...] = ()
     notes: tuple[str, ...] = ()
+    optimizer: str = "adamw"
 
     @property
     def fits(self) -> bool:

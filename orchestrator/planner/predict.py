@@ -133,7 +133,7 @@ def _assemble(
         label=label,
         words=typed(spec),
         model=spec.model.name,
-        tuning=spec.tuning.kind,
+        tuning=spec.tuning.label,
         cluster=spec.cluster.name,
         card=spec.cluster.card.name,
         ranks=spec.strategy.ranks,
@@ -150,6 +150,7 @@ def _assemble(
         time=time,
         tokens_per_second=tokens / time.total if time is not None and time.total else None,
         notes=_notes(spec, time),
+        optimizer=spec.optimizer.name,
     )
 
 

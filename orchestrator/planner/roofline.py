@@ -14,7 +14,7 @@ from orchestrator.layout.moments import hidden_matrix
 from orchestrator.planner.activations import FP32, Sizes, activations, recomputed, sizes
 from orchestrator.planner.device import CPU, HOST_MEMORY_GB_PER_S, NETWORK_GB_PER_S, nvme_rate, rates
 from orchestrator.planner.traffic import Traffic, traffic
-from orchestrator.spec import HEAD, Cluster, ModelShape, Parameter, RunSpec, divided_table
+from orchestrator.spec import HEAD, Cluster, ModelShape, Parameter, RunSpec, divided_table, owner
 from orchestrator.spec.quant import WEIGHTS_PER_BYTE
 from orchestrator.units import dtype_bytes
 
@@ -137,6 +137,19 @@ def _unpacking(spec: RunSpec, table: Sequence[Parameter]) -> float:
     return moved / (spec.cluster.card.memory_gb_per_s * GIGA * COMPUTE.share)
 
 
+def _measuring(spec: RunSpec, table: Sequence[Parameter]) -> float:
+    """Seconds that DoRA takes in each micro-batch's forward to measure the rows of adapted weights: a unit matrix through both
+    adapters, and passes over matrices of the weight's size (peft/tuners/lora/dora.py forward)."""
+    if not spec.tuning.dora:
+        return 0.0
+    card, rank, c = spec.cluster.card, spec.tuning.rank, dtype_bytes(spec.precision.compute)
+    shapes = [p.shape for p in table if len(p.shape) == 2 and owner(p.name) == "base_layer"]
+    flop = sum(2 * rank * columns * (columns + rows) for rows, columns in shapes)
+    moved = sum(c * columns * (2 * columns + 7 * rows) for rows, columns in shapes)
+    seconds = flop / (card.half_tflops * TERA) + moved / (card.memory_gb_per_s * GIGA)
+    return seconds * spec.batch.accumulation / COMPUTE.share
+
+
 def link_rate(cluster: Cluster, ranks: int) -> float:
     """Bytes a second that one rank can send to the next: its link, or across machines its share of the network."""
     own = cluster.card.link_gb_per_s
@@ -196,7 +209,9 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     backward += 0.0 if alone else _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
     again = 0.0 if alone else _again(blocks, spec, shape, tokens)
     unpacking = _unpacking(spec, table)
-    forward, backward, again = forward + unpacking, backward + unpacking, again + (unpacking if again else 0.0)
+    measuring = _measuring(spec, table)
+    forward, backward = forward + unpacking + measuring, backward + unpacking
+    again += unpacking + measuring if again else 0.0
     moved = traffic(spec, table)
     rate = link_rate(spec.cluster, spec.strategy.ranks)
     near = link_rate(spec.cluster, spec.strategy.tp)

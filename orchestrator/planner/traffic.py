@@ -152,7 +152,8 @@ def _tensor(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> int
     sums, since nothing is kept behind the second. Once a step the partial gradients of what is whole on every rank."""
     strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
     tokens = spec.batch.micro * spec.batch.accumulation * spec.data.seq_len
-    sums = shape.num_hidden_layers * (4 + (spec.recompute != "none")) + 2
+    backward = 0 if spec.tuning.kind == "head" else 2 + (spec.recompute != "none")  # the head alone has none in the blocks
+    sums = shape.num_hidden_layers * (2 + backward) + 2
     partial = sum(p.numel for p in table if p.trainable and division(p.name) is Division.SUMMED) // strategy.dp_shard
     return 2 * _ring(sums * tokens * shape.hidden_size * c + partial * FP32, strategy.tp)
 

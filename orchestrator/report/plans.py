@@ -111,7 +111,7 @@ def one(plan: Plan) -> RenderableType:
     ranks = f"{plan.ranks} × {plan.card}" if plan.card != "cpu" else f"{plan.ranks} on this machine's memory"
     batch = f"{plan.micro} × {plan.accumulation} samples of {plan.seq_len} tokens a step and rank"
     parts: list[RenderableType] = [
-        Text(f"{plan.model}, {plan.tuning}, {plan.compute} on {plan.cluster} ({ranks})", style="bold"),
+        Text(f"{plan.model}, {plan.tuning}, {plan.compute}, {plan.optimizer} on {plan.cluster} ({ranks})", style="bold"),
         Text(f"strategy {plan.words}\nbatch    {batch}\nbasis    {plan.basis}\n"),
         ledger_table(plan),
         Text(),

@@ -9,6 +9,7 @@ from orchestrator.spec.model import (
     HEAD,
     KNOWN_FAMILIES,
     LINEARS,
+    MAGNITUDE,
     PLAIN_HEADS,
     ROOT,
     ModelShape,
@@ -44,7 +45,8 @@ from orchestrator.spec.run import (
 from orchestrator.spec.strategy import ZERO_STAGES, Buckets, Engine, Home, Nvme, Shard, Strategy
 
 __all__ = [
-    "EMBEDDING", "HEAD", "INT8", "KNOWN_FAMILIES", "LINEARS", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT", "ZERO_STAGES",
+    "EMBEDDING", "HEAD", "INT8", "KNOWN_FAMILIES", "LINEARS", "MAGNITUDE", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT",
+    "ZERO_STAGES",
     "Batch", "Buckets", "Card", "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Health", "Home",
     "Logging", "Loss", "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision", "Run",
     "RunSpec", "Schedule", "Shard", "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table",

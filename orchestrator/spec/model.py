@@ -19,6 +19,9 @@ PLAIN_HEADS = (*KNOWN_FAMILIES, "phi3", "olmo", "olmo2", "olmo3", "smollm3", "st
 
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 
+MAGNITUDE = "lora_magnitude_vector"
+"""The module of PEFT that holds the lengths of a weight's rows, which DoRA trains (peft/tuners/lora/dora.py)."""
+
 ROOT = -1
 """`Parameter.block` of what lies outside every transformer block (embeddings, final norm, head)."""
 
@@ -142,10 +145,10 @@ def only(table: tuple[Parameter, ...], modules: tuple[str, ...]) -> tuple[Parame
 
 
 def with_lora(
-    table: tuple[Parameter, ...], rank: int, targets: tuple[str, ...], modules: tuple[str, ...] = ()
+    table: tuple[Parameter, ...], rank: int, targets: tuple[str, ...], modules: tuple[str, ...] = (), dora: bool = False
 ) -> tuple[Parameter, ...]:
     """The table after PEFT's injection: the base frozen but for `modules`, and A (rank × in) and B (out × rank) beside each
-    target.
+    target, with `dora` also the lengths of its rows (out).
 
     Names are those of the wrapped module (peft/tuners/lora/layer.py).
     """
@@ -161,6 +164,8 @@ def with_lora(
             rows, columns = parameter.shape
             for name, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
                 wrapped.append(Parameter(f"{prefix}.{name}.default.weight", shape, parameter.block, adapter=True))
+            if dora:
+                wrapped.append(Parameter(f"{prefix}.{MAGNITUDE}.default.weight", (rows,), parameter.block, adapter=True))
     return tuple(wrapped)
 
 

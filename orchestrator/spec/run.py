@@ -39,7 +39,8 @@ class Tuning:
     """`kind` "full", "lora", "qlora" or "head"; `targets` are module names, "all-linear" already expanded.
 
     `modules` are the last names of modules that are trained whole beside the adapters. `untie`: the head, which shares the
-    embedding's weights, becomes a copy of its own. `rslora`: adapters are scaled by alpha / √rank (arXiv:2312.03732).
+    embedding's weights, becomes a copy of its own. `rslora`: adapters are scaled by alpha / √rank (arXiv:2312.03732). `dora`:
+    what adapters change is the direction of each row of a weight, and its length is trained besides (arXiv:2402.09353).
 
     `quant` "nf4", "int8" or "none": how the frozen linear layers rest under "qlora"; `double_quant`: the scales of nf4
     quantised too.
@@ -55,6 +56,13 @@ class Tuning:
     modules: tuple[str, ...] = ()
     untie: bool = False
     rslora: bool = False
+    dora: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: "full", "lora", "lora dora", "qlora int8"."""
+        words = [self.kind, "dora" if self.dora else "", "int8" if self.form == INT8 else ""]
+        return " ".join(word for word in words if word)
 
     @property
     def scaling(self) -> float:

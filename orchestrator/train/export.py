@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from orchestrator.errors import CheckpointError, Fault
-from orchestrator.spec import INT8, NF4_DOUBLE
+from orchestrator.spec import INT8, MAGNITUDE, NF4_DOUBLE
 from orchestrator.units import format_bytes
 
 SHARD_BYTES = 2 * 10**9
@@ -63,7 +63,10 @@ def checksum(tensor: torch.Tensor) -> str:
 
 def adapter_name(name: str) -> str:
     """The name under which PEFT saves the adapter tensor that the wrapped module calls `name`."""
-    return name.removesuffix(_ADAPTER) + ".weight" if name.endswith(_ADAPTER) else name
+    stem = name.removesuffix(_ADAPTER)
+    if stem == name or stem.endswith(MAGNITUDE):
+        return stem
+    return f"{stem}.weight"
 
 
 def base_name(name: str) -> str:
@@ -186,7 +189,8 @@ def merged(
     """Base tensors under their own names with `scaling` × B·A added where `adapters` (by PEFT's saved name) has a pair, and
     replaced where it has the whole tensor.
 
-    The sum is made in fp32 and rounded once to the base's dtype.
+    With DoRA the rows of the sum are brought to their trained lengths. All is made in fp32 and rounded once to the
+    base's dtype.
     """
     for name, tensor in base:
         stem = f"{WRAPPER}{name.removesuffix('.weight')}"
@@ -195,7 +199,11 @@ def merged(
         if whole is not None:
             tensor = whole
         elif name.endswith(".weight") and down is not None and up is not None:
-            tensor = (tensor.float() + scaling * (up.float() @ down.float())).to(tensor.dtype)
+            whole = tensor.float() + scaling * (up.float() @ down.float())
+            length = adapters.get(f"{stem}.{MAGNITUDE}")
+            if length is not None:
+                whole *= (length.float() / torch.linalg.vector_norm(whole, dim=1)).unsqueeze(1)
+            tensor = whole.to(tensor.dtype)
         yield name, tensor
 
 

@@ -20,6 +20,7 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     if spec.tuning.adapters:
         same |= {"tuning.rank": spec.tuning.rank, "tuning.targets": list(spec.tuning.targets)}
         same |= {"tuning.modules": list(spec.tuning.modules), "tuning.rslora": spec.tuning.rslora}
+        same |= {"tuning.dora": True} if spec.tuning.dora else {}
     if spec.tuning.form:
         same |= {"tuning.quant": spec.tuning.quant, "tuning.double_quant": spec.tuning.double_quant}
     return same

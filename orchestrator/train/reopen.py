@@ -16,7 +16,7 @@ from orchestrator.errors import CheckpointError, Fault
 from orchestrator.model.build import in_block
 from orchestrator.model.quantised import quantise_loaded
 from orchestrator.spec import INT8, NF4, NF4_DOUBLE
-from orchestrator.train.export import CHECKSUMS, QUANTISATION, compare, end_tokens
+from orchestrator.train.export import CHECKSUMS, QUANTISATION, adapter_name, compare, end_tokens
 
 
 def quiet() -> None:
@@ -88,7 +88,7 @@ def _adapter_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[st
     _hollow(base)
     model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, autocast_adapter_dtype=False)
     return (
-        (name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight"), tensor)
+        (adapter_name(name.replace(".modules_to_save.default.", ".")), tensor)
         for name, tensor in model.state_dict().items()
         if "lora_" in name or ".modules_to_save." in name
     )

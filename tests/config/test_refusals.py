@@ -85,6 +85,8 @@ REFUSALS = [
         2,
         ["packed weights have no rows and columns", "use tuning=lora, or fsdp=full_shard tensor=none"],
     ),
+    ("tensor=2 tuning=lora tuning.dora=true", 2, ["parts of rows there", "fsdp=full_shard tensor=none"]),
+    ("zero=stage3 offload=nvme tuning=lora tuning.dora=true", 2, ["has not been tried", "use offload=cpu"]),
     ("tensor=2 optimizer=muon", 2, ["tensor=2 with optimizer=muon", "use optimizer=adamw, adamw_bf16, lion, or tensor=none"]),
     ("pipeline=2 fsdp=full_shard", 2, ["pipeline=2 is not supported", "use fsdp=full_shard, or tensor=2"]),
     ("fsdp=hybrid_shard fsdp.shard_size=3", 4, ["shard groups of 3 ranks do not divide 4 ranks", "1, 2, 4"]),

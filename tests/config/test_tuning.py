@@ -46,7 +46,8 @@ def test_rslora_scales_by_the_root_of_the_rank():
         ("tuning=lora tuning.modules=5", ["no list of module names"]),
         ("tuning=head tuning.rslora=true", ["tuning.rslora: would have no effect", "add tuning=lora"]),
         ("tuning=head export.merge=true", ["tuning=head has no adapters to fold in"]),
-        ("tuning=head tensor=2 fsdp=full_shard", ["tensor=2 with tuning=head", "tensor=none"]),
+        ("tuning=qlora tuning.dora=true", ["finds packed bits", "use tuning=lora"]),
+        ("tuning.dora=true", ["tuning.dora", "would have no effect", "add tuning=lora"]),
         ("tuning=head tuning.quant=nf4", ["only tuning=qlora quantises the base"]),
     ],
 )

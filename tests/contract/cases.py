@@ -32,6 +32,9 @@ SHAPES: dict[str, s.ModelShape] = {
 WIDE = ("zero1", "zero2_optimizer", "zero3", "full_shard", "full_shard_cpu")
 """The strategies that differ in what they do with a tensor that is trained or frozen."""
 
+DORA = ("zero0", *WIDE)
+"""DoRA looks at a frozen weight from outside the layer that holds it: sharding must have it whole there."""
+
 GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
 CHUNK = 11
 """Labelled tokens that go through the head at once: a micro-batch is several chunks, and in the short step none or one. The
@@ -47,6 +50,7 @@ TUNINGS = {
     "nf4": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="nf4"),
     "nf4x2": s.Tuning("qlora", rank=4, alpha=8, targets=s.LINEARS, quant="nf4", double_quant=True),
     "int8": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="int8"),
+    "dora": s.Tuning("lora", rank=4, alpha=8, targets=s.LINEARS, dora=True),
     "head": s.Tuning("head"),
     "modules": s.Tuning(
         "lora", rank=4, alpha=8, targets=("q_proj",), rslora=True,
@@ -143,6 +147,8 @@ def all_cases(ranks: int) -> list[Case]:
             for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4), ("int8", "fp32", 1))
         ]
         packed += [Case(name, tuning, "fp32", 1) for name in WIDE for tuning in ("head", "modules")]
+        packed += [Case("tensor2", tuning, "fp32", 1) for tuning in ("head", "modules")]
+        packed += [Case(name, "dora", "fp32", 1) for name in DORA] + [Case("full_shard", "dora", "bf16", 4, recompute="full")]
         packed.append(Case("full_shard", "untied", "fp32", 1))
         families = [Case("tensor2", tuning, "fp32", 1, family=name) for name, tuning in FAMILIES]
         families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
@@ -155,7 +161,8 @@ def all_cases(ranks: int) -> list[Case]:
         *(Case(name, "full", "fp32", 1, tied=True) for name in tied),
         *(Case("full_shard_tensor2", tuning, "bf16", 2) for tuning in ("full", "lora")),
         Case("hybrid_shard", "full", "fp32", 1, family="halves"),
-        *(Case(name, "int8", "fp32", 1) for name in ("zero3", "full_shard")),
+        *(Case(name, tuning, "fp32", 1) for name in ("zero3", "full_shard") for tuning in ("int8", "dora")),
+        Case("full_shard_tensor2", "modules", "fp32", 1),
         *optimizer_cases(ranks),
     ]
 

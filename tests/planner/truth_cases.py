@@ -30,6 +30,7 @@ TUNINGS = {
     "nf4": replace(LORA, kind="qlora", quant="nf4"),
     "nf4x2": replace(LORA, kind="qlora", quant="nf4", double_quant=True),
     "int8": replace(LORA, kind="qlora", quant="int8"),
+    "dora": replace(LORA, dora=True),
     "head": s.Tuning("head"),
     "modules": replace(LORA, modules=("embed_tokens", "lm_head", "norm")),
 }
@@ -68,6 +69,7 @@ OTHERS = [
     Case(2, "full_shard_cpu", "lora", "bf16", "offload", 1),
     Case(1, "plain", "int8", "bf16", "full", 1),
     *(Case(2, name, "int8", "bf16", "none", 2) for name in ("zero2", "zero3", "full_shard")),
+    *(Case(2, name, "dora", "bf16", "full", 1) for name in ("zero1", "zero3", "full_shard")),
     *(Case(2, name, tuning, "bf16", "none", 1) for name in ("zero1", "zero3", "full_shard") for tuning in ("head", "modules")),
     Case(2, "tensor2", "full", "fp32", "every_n", 2),
     *(Case(2, "tensor2", "full", "bf16", "none", 1, optimizer=optimizer) for optimizer in ("lion", "adamw_bf16")),

@@ -68,6 +68,34 @@ def test_it_opens_on_a_base_that_bitsandbytes_itself_has_quantised(small, execut
     assert torch.allclose(logits(adapted), logits(opened), atol=1e-4)
 
 
+def test_dora_begins_as_peft_begins_opens_in_peft_and_merges(small, execute):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    words = ("tuning=lora", "tuning.dora=true", "tuning.targets=[q_proj,down_proj]")
+    outcome = execute(small(*words, "export.merge=true"))
+    base = AutoModelForCausalLM.from_pretrained(outcome.export / "base")
+    begun = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True))
+    spec = small(*words)
+    table = models.table_of(models.build(spec, torch.device("meta")))
+    weights = models.open_weights(spec, table)
+    theirs = {name: tensor for name, tensor in begun.named_parameters() if "magnitude" in name}
+    assert len(theirs) == 2 * spec.model.shape.num_hidden_layers
+    for name, tensor in theirs.items():
+        assert torch.allclose(weights.read(name, 0, tensor.numel()), tensor, rtol=1e-6)
+        assert torch.equal(weights.read(name, 3, 9), weights.read(name, 0, 9)[3:])
+    base = AutoModelForCausalLM.from_pretrained(outcome.export / "base")
+    adapted = PeftModel.from_pretrained(base, outcome.export)
+    moved = [
+        not torch.allclose(tensor, theirs[name], rtol=1e-5)
+        for name, tensor in adapted.named_parameters()
+        if "magnitude" in name
+    ]
+    assert moved and all(moved)
+    merged = AutoModelForCausalLM.from_pretrained(outcome.export / "merged")
+    assert torch.allclose(logits(adapted), logits(merged), atol=1e-4)
+
+
 def test_a_head_alone_changes_nothing_else(small, execute):
     from transformers import AutoModelForCausalLM
 
