@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orchestrator.planner.shortcut import Shortcut, active_mode
+from orchestrator.planner.shortcut import DEVICE, Shortcut, active_mode
 from orchestrator.planner.trace import NO_LAYER, Note, Trace
 
 
@@ -165,6 +165,8 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is DEVICE and type(args[0]) is FakeTensor:  # a mode is never asked inside a fake kernel
+            return args[0].fake_device
         standing = self._standing.get(types)
         if standing is None:
             standing = self._standing[types] = any(_wraps_tensors(kind) for kind in types)
