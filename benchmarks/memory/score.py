@@ -21,6 +21,7 @@ if importlib.util.find_spec("orchestrator") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestrator.config import compose
+from orchestrator.errors import OrchestratorError
 from orchestrator.planner.plan import LAYOUT
 from orchestrator.planner.planning import AUTO, BASES, WORKERS
 from orchestrator.planner.published import FITS, QUALITIES, Score, score
@@ -35,9 +36,21 @@ def decile(errors: Sequence[float]) -> float:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of quality A or B."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        return [row for row in csv.DictReader(lines) if row["quality"] in QUALITIES]
+    """The rows of quality A or B, each with an id; all of a file that does not grade its rows. What stands between them may be
+    commas, semicolons or tabs.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    head = text.partition("\n")[0]
+    between = max(",;\t", key=head.count)
+    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=between)
+    columns = [name.strip().lower() for name in reader.fieldnames or ()]
+    rows = [dict(zip(columns, (cell or "" for cell in row.values()), strict=False)) for row in reader]
+    graded = "quality" in columns
+    kept = [row for row in rows if not graded or row["quality"].strip() in QUALITIES]
+    return [row | {"id": row.get("id", "").strip() or f"row-{number}"} for number, row in enumerate(kept, start=1)]
 
 
 def scores(rows: Sequence[Mapping[str, str]], basis: str) -> tuple[list[Score], list[tuple[str, str]]]:
@@ -51,6 +64,8 @@ def scores(rows: Sequence[Mapping[str, str]], basis: str) -> tuple[list[Score], 
             return score(row, base, basis)
         except RehearsalError as error:
             return f"the rehearsal failed: {str(error).splitlines()[-1]}"
+        except (OrchestratorError, ArithmeticError, AssertionError, LookupError, ValueError) as error:
+            return f"the planner cannot lay it out: {type(error).__name__} {str(error).strip().splitlines()[-1:]}"
 
     with progress("score") as advance, ThreadPoolExecutor(WORKERS if basis != LAYOUT else 1) as pool:
         for done, (row, found) in enumerate(zip(rows, pool.map(one, rows), strict=True), start=1):
@@ -109,14 +124,18 @@ def text(made: Sequence[Score], left: Sequence[tuple[str, str]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score the file that `argv` names; 0."""
+    """Score the file that `argv` names; 0, or 2 where it cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="a CSV with the columns of published_memory.csv")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--basis", choices=BASES, default=AUTO, help="what predictions rest on; auto: rehearse reserved memory")
     parser.add_argument("--rows", default="", help="only rows whose id begins so")
     arguments = parser.parse_args(argv)
-    rows = [row for row in read(arguments.file) if row["id"].startswith(arguments.rows)]
+    try:
+        rows = [row for row in read(arguments.file) if row["id"].startswith(arguments.rows)]
+    except OSError as error:
+        print(f"{arguments.file} cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
     made, left = scores(rows, arguments.basis)
     if arguments.json:
         items = [asdict(item) | {"error": item.error, "source": item.source} for item in made]

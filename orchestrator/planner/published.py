@@ -16,8 +16,9 @@ from orchestrator.planner.losses import LossCode
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, Plan
 from orchestrator.planner.planning import AUTO
 from orchestrator.planner.predict import by_layout, predict, shape_for, table_for
+from orchestrator.planner.published_tables import CARDS, DEFAULT_CARD, MODELS, TARGETS
 from orchestrator.spec import (
-    LINEARS,
+    ZERO_STAGES,
     Batch,
     Buckets,
     Card,
@@ -36,53 +37,7 @@ from orchestrator.units import GIB, MIB, dtype_bytes
 
 QUALITIES = ("A", "B")
 
-ALLOCATED, RESERVED, AFTER_FORWARD, FITS = "allocated", "reserved", "after forward", "fits"
-
-
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, kind: str = "llama") -> ModelShape:
-    return ModelShape(kind, vocabulary, hidden, inner, layers, heads, kv, hidden // heads, 1 << 20, tie_word_embeddings=False)
-
-
-MODELS: tuple[tuple[str, ModelShape], ...] = (
-    (r"llama-?2-7b", _llama(4096, 11008, 32, 32, 32, 32000)),
-    (r"llama-?2-13b", _llama(5120, 13824, 40, 40, 40, 32000)),
-    (r"llama-?2-70b", _llama(8192, 28672, 80, 64, 8, 32000)),
-    (r"llama-?3(\.1)?-8b", _llama(4096, 14336, 32, 32, 8, 128256)),
-    (r"llama-?3(\.[13])?-70b", _llama(8192, 28672, 80, 64, 8, 128256)),
-    (r"llama-?3\.2-1b", replace(_llama(2048, 8192, 16, 32, 8, 128256), tie_word_embeddings=True)),
-    (r"yi-6b", _llama(4096, 11008, 32, 32, 4, 64000)),
-    (r"yi-34b", _llama(7168, 20480, 60, 56, 8, 64000)),
-    (r"zephyr-7b|mistral-7b", _llama(4096, 14336, 32, 32, 8, 32000, "mistral")),
-    (r"^qwen-1_8b", _llama(2048, 5504, 24, 16, 16, 151936, "qwen2")),
-    (r"^qwen-7b", _llama(4096, 11008, 32, 32, 32, 151936, "qwen2")),
-    (r"^qwen-14b", _llama(5120, 13696, 40, 40, 40, 152064, "qwen2")),
-    (r"^qwen-72b", _llama(8192, 24576, 80, 64, 64, 152064, "qwen2")),
-    (r"qwen2(\.5)?-7b", _llama(3584, 18944, 28, 28, 4, 152064, "qwen2")),
-    (r"h2048 l24 heads16 kv16 ffn4096 vocab32000", _llama(2048, 4096, 24, 16, 16, 32000)),
-    (r"gemma-7b", ModelShape("gemma", 256000, 3072, 24576, 28, 16, 16, 256, 1 << 20, tie_word_embeddings=True)),
-)
-"""Dimensions from each model's config.json, by a pattern of its name. The first Qwen has Qwen2's shape: its c_attn is q, k
-and v in one matrix, its MLP's stated width is that of both halves."""
-
-CARDS: tuple[tuple[str, Card], ...] = (
-    (r"A100.*40|40 ?GB", Card("A100-40", 40448 * MIB, 312.0, 1555.0, 300.0, bf16=True)),
-    (r"A100|80 ?GB", Card("A100-80", 81100 * MIB, 312.0, 2039.0, 300.0, bf16=True)),
-    (r"H100", Card("H100", 81559 * MIB, 989.0, 3350.0, 450.0, bf16=True)),
-    (r"4090", Card("RTX4090", 24166 * MIB, 165.0, 1008.0, 32.0, bf16=True)),
-    (r"\b12 ?GB", Card("12GB", 12288 * MIB, 71.0, 360.0, 32.0, bf16=True)),
-    (r"\b16 ?GB", Card("16GB", 16384 * MIB, 71.0, 448.0, 32.0, bf16=True)),
-    (r"\b48 ?GB", Card("48GB", 49140 * MIB, 150.0, 768.0, 32.0, bf16=True)),
-    (r"3090|A5000|RTX6000|24 ?GB", Card("RTX3090", 24576 * MIB, 71.0, 936.0, 32.0, bf16=True)),
-)
-"""The card by a pattern of the row's; it decides the limit, the workspace and nothing else."""
-
-TARGETS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"all", LINEARS),
-    (r"c_attn|\(q,k,v\)", ("q_proj", "k_proj", "v_proj")),
-    (r"query,value|q_proj,v_proj", ("q_proj", "v_proj")),
-    (r"k,q,v,up,down,gate", ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")),
-    (r"q,k,v,o,gate,up,down", LINEARS),
-)
+ALLOCATED, RESERVED, AFTER_FORWARD, DEVICE, FITS = "allocated", "reserved", "after forward", "device", "fits"
 
 
 TRANSFORMERS = LossCode(forward=3, backward=3, half=False)
@@ -90,15 +45,22 @@ TRANSFORMERS = LossCode(forward=3, backward=3, half=False)
 a shifted copy beside the fp32 logits, which take the place of the half-precision ones. A loop that keeps the model's output
 through the backward holds one more; rows do not say whether theirs does."""
 
+LITGPT = LossCode(forward=1, backward=1, half=False)
+"""The loss of lit-gpt (litgpt/utils.py, chunked_cross_entropy, on the list that GPT.forward makes under lm_head_chunk_size):
+all logits in half precision and as much again of log_softmax's results, 4 bytes together; chunks only bound what the backward
+adds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Expressed:
-    """A row as a run: its spec, its meter, the bytes measured (the card's for "fits"), and whether it fit."""
+    """A row as a run: its spec, its meter, the bytes measured (the card's for "fits"), whether it fit, and
+    the code of its loss where that is not the project's."""
 
     spec: RunSpec
     meter: str
     measured: int
     fitted: bool = True
+    loss: LossCode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,118 +84,228 @@ class Score:
         return self.id.rpartition("-")[0]
 
 
+COLUMNS = (
+    "id", "model", "gpu", "n_gpus", "method", "lora_rank", "lora_targets", "precision", "optimizer", "engine", "offload",
+    "act_ckpt", "attention", "fused_ce", "seq_len", "micro_batch", "measured_gb", "unit",
+)  # fmt: skip
+"""What is read of a row; any other column is passed over, and one that is missing is an empty cell."""
+
+UNITS = {"gib": GIB, "gb": 10**9, "mib": MIB, "mb": 10**6}
+
+METERS: tuple[tuple[str, str], ...] = (
+    (r"after forward", AFTER_FORWARD),
+    (r"reserved", RESERVED),
+    (r"allocated", ALLOCATED),
+    (r"nvidia-?smi|nvml|pynvml|device total|driver", DEVICE),
+)
+"""The meter by a pattern of the row's unit."""
+
+RECOMPUTE = {
+    "yes": "full",
+    "true": "full",
+    "full": "full",
+    "no": "none",
+    "false": "none",
+    "none": "none",
+    "selective": "selective",
+}
+"""`recompute` by the first word of the row's act_ckpt."""
+
+WHOLE_LOGITS = ("", "no", "none", "false", "n/a (no loss; logits.mean())")
+
+
+class _Untold(Exception):
+    """A row that no run of this project says, with the reason."""
+
+
+def _cells(row: Mapping[str, object]) -> dict[str, str]:
+    """The columns that are read, as text without space around it."""
+    return {name: str(row.get(name) or "").strip() for name in COLUMNS}
+
+
 def _first(table: tuple[tuple[str, object], ...], text: str) -> object | None:
     return next((value for pattern, value in table if re.search(pattern, text, re.IGNORECASE)), None)
 
 
-def _meter(unit: str, measured: str) -> tuple[str, int, bool] | str:
-    """(meter, bytes measured or 0, whether it fit) of a row's unit, or why it has none."""
-    if unit.startswith("OOM"):
+def _number(text: str, what: str) -> float:
+    """The one number of `text`, thousands apart by commas.
+
+    Raises:
+        _Untold: there is none, or more than one.
+    """
+    found = re.fullmatch(r"[~≈<>=]*\s*(\d[\d,_]*(?:\.\d+)?)\s*(?:[kKMG]?i?B)?", text)
+    if found is None:
+        raise _Untold(f"{what} not stated as a number")
+    return float(re.sub("[,_]", "", found[1]))
+
+
+def _count(text: str, what: str) -> int:
+    number = _number(text, what)
+    if number < 1 or number != int(number):
+        raise _Untold(f"{what} is {text}")
+    return int(number)
+
+
+def _meter(cells: Mapping[str, str]) -> tuple[str, int, bool]:
+    """(meter, bytes measured or 0, whether it fit) of a row."""
+    unit = cells["unit"]
+    if re.match(r"(cuda )?(OOM|out of memory)", unit, re.IGNORECASE):
         return FITS, 0, False
-    if unit.startswith("CAPACITY"):
+    if unit.upper().startswith(("CAPACITY", "FITS")):
         return FITS, 0, True
-    size = float(measured) * (GIB if "GiB" in unit else 1e9)
-    if "AFTER forward" in unit:
-        return AFTER_FORWARD, round(size), True
-    if "reserved" in unit.lower():
-        return RESERVED, round(size), True
-    if "allocated" in unit:
-        return ALLOCATED, round(size), True
-    return "the unit does not say which meter was read"
+    meter = _first(METERS, unit)
+    # A unit in which "GB" was printed for GiB says so with both words.
+    scale = next((size for word, size in UNITS.items() if re.search(rf"\b{word}\b", unit, re.IGNORECASE)), None)
+    if not isinstance(meter, str) or scale is None:
+        raise _Untold("the unit does not say which meter was read")
+    size = _number(cells["measured_gb"], "what was measured is")
+    if not size:
+        raise _Untold("nothing was measured")
+    return meter, round(size * scale), True
 
 
-def _strategy(row: Mapping[str, str]) -> Strategy | str:
-    engine, offload, ranks = row["engine"], row["offload"], int(row["n_gpus"])
-    if engine.startswith(("fsdp1 full_shard", "fsdp2 full_shard")):
-        if offload not in ("none", "cpu params+grads (FSDP CPUOffload)"):
-            return f"offload of {offload} is not what FSDP2 does"
-        home = Home.GPU if offload == "none" else Home.CPU
+def _buckets(engine: str, stage: int, shape: ModelShape) -> Buckets:
+    """What the row's engine has: DeepSpeed's defaults (runtime/zero/config.py), or what transformers puts for "auto"
+    (transformers/integrations/deepspeed.py, trainer_config_finalize)."""
+    if "auto" in engine:
+        square = shape.hidden_size**2
+        return Buckets(reduce=square, prefetch=int(0.9 * square), persistence=10 * shape.hidden_size, overlap_comm=stage == 3)
+    return Buckets(reduce=500_000_000, allgather=500_000_000, overlap_comm=stage == 3)
+
+
+def _zero(cells: Mapping[str, str], stage: int, ranks: int, shape: ModelShape) -> Strategy:
+    offload = cells["offload"].lower()
+    optimizer, weights = "optim" in offload, "param" in offload or offload in ("cpu", "yes", "true")
+    if offload not in ("", "none", "no", "false") and not optimizer and not weights:
+        raise _Untold(f"offload of {offload}")
+    if "nvme" in offload:
+        raise _Untold("offload to NVMe with buffers that the row does not state")
+    if weights and stage < 3:
+        optimizer, weights = True, False
+    return Strategy(
+        Engine.DEEPSPEED, ZERO_STAGES[stage], dp_shard=ranks, buckets=_buckets(cells["engine"].lower(), stage, shape),
+        optimizer_home=Home.CPU if optimizer or weights else Home.GPU, parameter_home=Home.CPU if weights else Home.GPU,
+        pin_memory=optimizer or weights,
+    )  # fmt: skip
+
+
+def _strategy(cells: Mapping[str, str], shape: ModelShape) -> Strategy:
+    engine, offload = cells["engine"].lower(), cells["offload"].lower() or "none"
+    ranks = _count(cells["n_gpus"], "number of cards")
+    fsdp = re.match(r"fsdp\d? (full_shard|shard_grad_op)", engine)
+    if fsdp is not None:
+        if offload not in ("none", "no", "cpu", "cpu params+grads (fsdp cpuoffload)"):
+            raise _Untold(f"offload of {offload} is not what FSDP2 does")
+        home = Home.GPU if offload in ("none", "no") else Home.CPU
         return Strategy(
             Engine.FSDP, Shard.PARAMETERS, dp_shard=ranks, optimizer_home=home, parameter_home=home,
-            pin_memory=home is not Home.GPU,
+            pin_memory=home is not Home.GPU, reshard_after_forward=fsdp[1] == "full_shard",
         )  # fmt: skip
-    if offload != "none":
-        return f"offload of {offload} without a sharding engine"
-    if engine.startswith("ddp"):
+    stage = re.search(r"zero\W?(?:stage\W?)?([0-3])", engine)
+    if stage is not None:
+        return _zero(cells, int(stage[1]), ranks, shape)
+    if offload not in ("none", "no"):
+        raise _Untold(f"offload of {offload} without a sharding engine")
+    if engine.startswith("ddp") and ranks > 1:
         return Strategy(Engine.DEEPSPEED, Shard.NONE, dp_shard=ranks, buckets=Buckets())
-    if engine == "none" and ranks == 1:
+    if ranks == 1 and (engine in ("", "none", "plain") or engine.startswith("ddp")):
         return Strategy(Engine.PLAIN, Shard.NONE)
-    return f"engine {engine} with its own bucket sizes is not stated closely enough" if "zero" in engine else f"engine {engine}"
+    raise _Untold(f"engine {engine or 'not stated'} on {ranks} cards")
 
 
-def _refusal(row: Mapping[str, str]) -> str | None:
-    """Why the row is not a run of this project; None where it can be one."""
-    method, precision = row["method"], row["precision"]
+def _compute(precision: str) -> str:
+    """The dtype that products are made in; half precisions weigh alike."""
+    return "fp32" if re.match(r"(fp|float|tf)32", precision, re.IGNORECASE) and "16" not in precision else "bf16"
+
+
+def _check(cells: Mapping[str, str]) -> None:
+    """Refuse what the project does otherwise.
+
+    Raises:
+        _Untold: with the reason.
+    """
+    method, precision = cells["method"].lower(), cells["precision"]
     if method not in ("lora", "qlora", "full"):
-        return f"method {method.split(' ')[0]}: the project has full, LoRA and QLoRA"
+        raise _Untold(f"method {method.split(' ')[0] or 'not stated'}: the project has full, LoRA and QLoRA")
     if method == "qlora" and not re.search("nf4", precision, re.IGNORECASE):
-        return f"precision {precision}: the project's QLoRA is bitsandbytes' NF4"
-    if method != "qlora" and re.search(
-        "8|int|gptq|nf4", precision.replace("fp32 params, bf16 compute; bf16", ""), re.IGNORECASE
-    ):
-        return f"precision {precision}"
-    if "mixed" in precision and "FSDP" not in precision:
-        return "fp32 weights under autocast: the project holds a working copy instead"
-    bare = row["engine"] == "none" and "no step" not in row["optimizer"]
-    if method == "full" and bare:
-        return "weights and Adam in bf16: the project keeps an fp32 master"
-    if row["fused_ce"] not in ("no", "n/a (no loss; logits.mean())"):
-        return f"loss {row['fused_ce']}: the project's is neither chunked nor fused"
-    if row["attention"].startswith("eager"):
-        return "eager attention: the project uses the fused kernels"
-    if row["act_ckpt"].split(" ")[0] not in ("yes", "no"):
-        return f"recompute {row['act_ckpt']}"
-    if not (row["seq_len"].isdecimal() and row["micro_batch"].isdecimal()):
-        return "length or micro-batch not stated as a number"
-    return None
+        raise _Untold(f"precision {precision or 'not stated'}: the project's QLoRA is bitsandbytes' NF4")
+    if method != "qlora" and re.search("8|int|gptq|nf4|fp4", precision, re.IGNORECASE):
+        raise _Untold(f"precision {precision}")
+    if re.search("mixed|autocast|amp", precision, re.IGNORECASE) and "FSDP" not in precision:
+        raise _Untold("fp32 weights under autocast: the project holds a working copy instead")
+    sharded = cells["engine"].lower() not in ("", "none", "plain")
+    if method == "full" and not sharded and "no step" not in cells["optimizer"] and _compute(precision) != "fp32":
+        raise _Untold("weights and Adam in bf16: the project keeps an fp32 master")
+    if method != "full" and cells["engine"].startswith("fsdp1") and "wrap=Block" in cells["engine"]:
+        raise _Untold("FSDP1 with a block's frozen and trained weights in one flat parameter, which has a whole gradient")
+    if cells["act_ckpt"].split(" ")[0].lower() not in RECOMPUTE:
+        raise _Untold(f"recompute {cells['act_ckpt'] or 'not stated'}")
 
 
-def _tuning(row: Mapping[str, str]) -> Tuning | str:
-    if row["method"] == "full":
+def _tuning(cells: Mapping[str, str]) -> Tuning:
+    if cells["method"].lower() == "full":
         return Tuning("full")
-    targets = _first(TARGETS, row["lora_targets"])
-    rank = re.match(r"\d+", row["lora_rank"])
+    targets = _first(TARGETS, cells["lora_targets"].replace(" ", ""))
+    rank = re.search(r"\d+", cells["lora_rank"])
     if not isinstance(targets, tuple) or rank is None:
-        return f"LoRA rank {row['lora_rank'] or 'unknown'} on {row['lora_targets'] or 'unknown layers'}"
-    if row["method"] == "lora":
+        raise _Untold(f"LoRA rank {cells['lora_rank'] or 'unknown'} on {cells['lora_targets'] or 'unknown layers'}")
+    if cells["method"].lower() == "lora":
         return Tuning("lora", rank=int(rank[0]), targets=targets)
-    double = "no double quant" not in row["precision"]  # bitsandbytes.nn.Linear4bit quantises its scales unless told not to
+    # bitsandbytes.nn.Linear4bit quantises its scales unless told not to; litgpt's "bnb.nf4" tells it so, "bnb.nf4-dq" does not.
+    double = not re.search(r"no double quant|bnb\.nf4(?!-dq)", cells["precision"])
     return Tuning("qlora", rank=int(rank[0]), targets=targets, quant="nf4", double_quant=double)
 
 
-def express(row: Mapping[str, str], base: RunSpec) -> Expressed | str:
-    """The row as a run, on top of `base` for what no byte depends on; or why it is none.
+def _loss(fused: str) -> tuple[Loss, LossCode | None]:
+    """(the loss of the run, its code where the row's is not ours)."""
+    if fused.lower() in WHOLE_LOGITS:
+        return Loss("plain"), TRANSFORMERS
+    if fused == "chunked (lm_head chunk 128)":
+        return Loss("plain"), LITGPT
+    if re.search(r"fusedlinearce|liger", fused, re.IGNORECASE):
+        return Loss("liger"), None
+    raise _Untold(f"loss {fused}")
 
-    `row` has the columns of published_memory.csv.
-    """
-    reason = _refusal(row)
-    if reason is not None:
-        return reason
-    shape = _first(MODELS, row["model"])
+
+def _expressed(cells: Mapping[str, str], base: RunSpec) -> Expressed:
+    _check(cells)
+    shape = _first(MODELS, re.sub(r"[\s_]+", "-", cells["model"]))
     if not isinstance(shape, ModelShape):
-        return f"model {row['model']}: not one of the known families"
-    meter, strategy, tuning = _meter(row["unit"], row["measured_gb"]), _strategy(row), _tuning(row)
-    for problem in (meter, strategy, tuning):
-        if isinstance(problem, str):
-            return problem
-    assert not isinstance(meter, str) and isinstance(strategy, Strategy) and isinstance(tuning, Tuning)
-    card = _first(CARDS, f"{row['gpu']} {row['unit']}") or CARDS[1][1]
-    assert isinstance(card, Card)
-    micro = int(row["micro_batch"])
+        raise _Untold(f"model {cells['model'] or 'not stated'}: not one of the known families")
+    loss, code = _loss(cells["fused_ce"])
+    meter, measured, fitted = _meter(cells)
+    card = _first(CARDS, f"{cells['gpu']} {cells['unit']}")
+    if not isinstance(card, Card):
+        if meter in (FITS, DEVICE):
+            raise _Untold(f"card {cells['gpu'] or 'not stated'}: not one of the known ones")
+        card = DEFAULT_CARD
+    strategy, micro = _strategy(cells, shape), _count(cells["micro_batch"], "micro-batch")
     spec = replace(
         base,
-        model=Model(row["model"], None, False, shape),
-        tuning=tuning,
+        model=Model(cells["model"], None, False, shape),
+        tuning=_tuning(cells),
         strategy=strategy,
         batch=Batch(micro * strategy.dp, micro, 1),
-        data=replace(base.data, seq_len=int(row["seq_len"])),
-        recompute="full" if row["act_ckpt"].startswith("yes") else "none",
-        precision=replace(base.precision, compute="bf16"),
-        loss=Loss("plain"),
+        data=replace(base.data, seq_len=_count(cells["seq_len"], "length")),
+        recompute=RECOMPUTE[cells["act_ckpt"].split(" ")[0].lower()],
+        precision=replace(base.precision, compute=_compute(cells["precision"])),
+        loss=loss,
+        attention="eager" if cells["attention"].lower().startswith("eager") else "sdpa",
         cluster=Cluster("published", 1, strategy.ranks, card),
     )
-    kind, measured, fitted = meter
-    return Expressed(spec, kind, measured or card.memory_bytes, fitted)
+    return Expressed(spec, meter, measured or card.memory_bytes, fitted, code)
+
+
+def express(row: Mapping[str, object], base: RunSpec) -> Expressed | str:
+    """The row as a run, on top of `base` for what no byte depends on; or why it is none.
+
+    `row` has columns of published_memory.csv, any of which may be missing; what is not said of loss, attention and offload is
+    taken to be whole logits, a fused kernel and none.
+    """
+    try:
+        return _expressed(_cells(row), base)
+    except _Untold as reason:
+        return str(reason)
 
 
 AS_LOADED = ("frozen", "scales", "weights", "adapters")
@@ -262,7 +334,7 @@ def _inputs_kept(spec: RunSpec) -> int:
     return tokens * c * width
 
 
-def score(row: Mapping[str, str], base: RunSpec, basis: str = LAYOUT) -> Score | str:
+def score(row: Mapping[str, object], base: RunSpec, basis: str = LAYOUT) -> Score | str:
     """The prediction for one row beside its measurement, or why the project cannot make one. Under basis "auto" the rows whose
     meter is what torch reserved are rehearsed: only a trace knows more of that than what is alive.
 
@@ -272,11 +344,16 @@ def score(row: Mapping[str, str], base: RunSpec, basis: str = LAYOUT) -> Score |
     run = express(row, base)
     if isinstance(run, str):
         return run
-    rehearsed = basis == REHEARSAL or (basis == AUTO and run.meter == RESERVED)
-    plan = predict(run.spec, REHEARSAL) if rehearsed else by_layout(run.spec, loss=TRANSFORMERS)
-    name = row["id"]
+    ours = run.loss is None or run.loss == TRANSFORMERS  # a rehearsal runs this project's loss
+    rehearsed = (
+        ours and run.spec.loss.kind != "liger" and (basis == REHEARSAL or (basis == AUTO and run.meter in (RESERVED, DEVICE)))
+    )
+    plan = predict(run.spec, REHEARSAL) if rehearsed else by_layout(run.spec, loss=run.loss)
+    name = str(row.get("id") or "?")
     if run.meter == FITS:
         return Score(name, FITS, plan.memory.used, run.measured, plan.basis, plan.fits == run.fitted)
     if run.meter == AFTER_FORWARD:
         return Score(name, run.meter, _after_forward(run.spec, plan), run.measured, LAYOUT)
-    return Score(name, run.meter, getattr(plan.memory, run.meter), run.measured, plan.basis)
+    kept = _inputs_kept(run.spec) if run.loss == LITGPT else 0  # measured in October 2023
+    predicted = {ALLOCATED: plan.memory.allocated + kept, RESERVED: plan.memory.reserved, DEVICE: plan.memory.used}[run.meter]
+    return Score(name, run.meter, predicted, run.measured, plan.basis)

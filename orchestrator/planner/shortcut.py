@@ -28,7 +28,12 @@ SLICE = torch.ops.aten.slice.Tensor
 COLLECTIVES = (torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default)
 """They return their first argument and a handle to wait for, which among fake peers is always done."""
 
-ABSOLUTE = ("as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "set_")
+ABSOLUTE = (
+    torch.ops.aten.as_strided.default,
+    torch.ops.aten.as_strided_.default,
+    torch.ops.aten.as_strided_copy.default,
+    torch.ops.aten.as_strided_scatter.default,
+)
 """Operations that count an offset from the start of the storage; all others from the start of their argument."""
 
 Operation = Callable[..., Any]
@@ -132,7 +137,7 @@ class Shortcut:
         told: list[Any] = [func, torch.get_default_dtype()]
         try:
             _tell(args, told, tensors, mode)
-            if func._opname in ABSOLUTE:
+            if func in ABSOLUTE:
                 told += [tensor.storage_offset() for tensor in tensors]
             for name, value in kwargs.items():
                 told.append(name)
@@ -162,7 +167,9 @@ class Shortcut:
         assert recipe.device is not None, "it was learned from a fake tensor"
         if recipe.argument is not None:
             source = tensors[recipe.argument]
-            return self._view(mode, source, source.storage_offset() + recipe.offset, recipe.shape, recipe.stride, recipe.dtype)
+            return self._view(
+                mode, source, int(source.storage_offset()) + recipe.offset, recipe.shape, recipe.stride, recipe.dtype
+            )
         with torch._C._DisableTorchDispatch():  # below, plain tensors on the meta device
             empty = torch.empty_strided(recipe.shape, recipe.stride, dtype=recipe.dtype, device="meta")
         return self._fake(mode, empty, recipe.device)
@@ -211,7 +218,7 @@ class Shortcut:
             return None
         first, last, step = slice(start, end, step).indices(shape[dim])
         shape[dim] = -(-(max(first, last) - first) // step)
-        offset = source.storage_offset() + first * stride[dim]
+        offset = int(source.storage_offset()) + first * stride[dim]
         stride[dim] *= step
         return self._view(mode, source, offset, shape, stride, source.dtype)
 
