@@ -16,6 +16,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+COLUMNS, ROWS = 100, 30
+"""What is counted as a screen: a report takes so many rows below its title, where one fault does not already."""
+
+LETTERS = 1500
+"""Of one fault at most: somebody's value may be a whole file."""
+
+
+def _rows(text: str) -> int:
+    return sum(1 + (len(line) + 1) // COLUMNS for line in text.splitlines())
+
+
+def _within(text: str, letters: int) -> str:
+    """`text`, its middle left out where it has more than so many letters."""
+    return text if len(text) <= letters else f"{text[: letters // 2]} … {text[-letters // 2 :]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -43,9 +58,13 @@ class OrchestratorError(Exception):
         super().__init__(self.report())
 
     def report(self) -> str:
-        """The whole message for a terminal: a title line, then one paragraph for each fault."""
+        """The whole message for a terminal: a title line, then one paragraph for each fault, as many as fit on a screen."""
         count = f" ({len(self.faults)} faults)" if len(self.faults) > 1 else ""
-        body = "\n".join(f"  {str(fault).removeprefix(': ')}" for fault in self.faults)
+        paragraphs = [_within(str(fault).removeprefix(": "), LETTERS) for fault in self.faults]
+        shown = [text for place, text in enumerate(paragraphs) if sum(map(_rows, paragraphs[: place + 1])) <= ROWS or not place]
+        rest = len(paragraphs) - len(shown)
+        more = [f"… and {rest} more, which are told when these are mended"] if rest else []
+        body = "\n".join(f"  {text}" for text in (*shown, *more))
         return f"{self.title}{count}\n{body}"
 
 

@@ -274,6 +274,21 @@ def _operators(machine: Machine, need: Need) -> Iterator[Finding]:
         )
 
 
+FLOORS: dict[str, tuple[Version, str]] = {
+    "torch": ((2, 10), "torch.load runs code of a file also with weights_only"),
+    "transformers": ((5, 3), "a model's config can run code while it is loaded"),
+    "hydra-core": ((1, 3, 4), "a config can name any function to be called"),
+}
+"""Oldest versions without a known hole, and what the hole is."""
+
+
+def _holes(machine: Machine, need: Need) -> Iterator[Finding]:
+    for name, (least, hole) in FLOORS.items():
+        installed = machine.installed.get(name)
+        if installed is not None and version(installed) < least:
+            yield _fails(f"{name}'s version", f"{installed}, and {_dotted(least)} is needed", hole, "pip install -U it")
+
+
 def _versions(machine: Machine, need: Need) -> Iterator[Finding]:
     other = []
     for name, installed in machine.installed.items():
@@ -293,7 +308,7 @@ def _versions(machine: Machine, need: Need) -> Iterator[Finding]:
 
 Check = Callable[[Machine, Need], Iterable[Finding]]
 
-CHECKS: tuple[Check, ...] = (_cards, _cuda, _bf16, _links, _memory, _shm, _limits, _disk, _operators, _versions)
+CHECKS: tuple[Check, ...] = (_cards, _cuda, _bf16, _links, _memory, _shm, _limits, _disk, _operators, _holes, _versions)
 
 
 def examine(machine: Machine, need: Need | None = None) -> list[Finding]:

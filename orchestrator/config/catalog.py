@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -38,7 +39,7 @@ class Key:
 
 def _summary(path: Path) -> str:
     """The first comment that is not Hydra's own ("# @package …")."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if not line.startswith("# @")), "")
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
@@ -67,7 +68,8 @@ def _walk(kind: type, prefix: str) -> Iterator[Key]:
         yield Key(path, kind, default, item.metadata["help"], item.metadata["unit"], options)
 
 
-def keys() -> dict[str, Key]:
+@functools.cache
+def keys() -> Mapping[str, Key]:
     """Every typed key by its dotted path, in the order of the schema."""
     return {key.path: key for key in _walk(RootConf, "")}
 

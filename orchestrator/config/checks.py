@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.config.schema import (
+    ClusterConf,
     FsdpConf,
     FsdpKind,
     GradientDtype,
@@ -133,6 +134,14 @@ def pin_faults(offload: OffloadConf, cluster: Cluster) -> list[Fault]:
     if not offload.pin_memory or cluster.card.name != "cpu":
         return []
     return [Fault("offload.pin_memory", "there is no accelerator here to copy page-locked memory to", "leave it out")]
+
+
+def cluster_faults(cluster: ClusterConf) -> list[Fault]:
+    """A cluster that has a name and no cards: the name alone was typed."""
+    if cluster.name == "local" or (cluster.cards_per_node > 0 and cluster.card.name):
+        return []
+    problem = f"{cluster.name!r} has {cluster.cards_per_node} cards in a machine, of the kind {cluster.card.name!r}"
+    return [Fault("cluster", problem, "choose one with cluster=NAME (--help lists them), or add a file to conf/cluster")]
 
 
 def rank_faults(ranks: int, cluster: Cluster) -> list[Fault]:

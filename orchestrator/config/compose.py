@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,7 @@ from orchestrator.config import checks, computing, divisions
 from orchestrator.config.catalog import CONF_DIR
 from orchestrator.config.idle import idle_faults
 from orchestrator.config.optimizer import build_optimizer, optimizer_faults
-from orchestrator.config.overrides import check_overrides, composition_fault
+from orchestrator.config.overrides import REFERENCE, check_overrides, composition_fault, reference_fault
 from orchestrator.config.ranges import path_faults, range_faults
 from orchestrator.config.schema import ClusterConf, Compute, DataConf, Quant, RootConf, TuningConf, TuningKind
 from orchestrator.config.shapes import DIMENSIONS, resolve_model
@@ -32,6 +33,11 @@ Local = Callable[[int | None], spec.Cluster]
 """Describes the machine at hand for a number of ranks (None: one for each card, or one on a machine without)."""
 
 TINY = "tiny"
+
+BASIC = (
+    "batch.", "zero.", "fsdp.", "tensor.", "cluster", "offload.", "optimizer.betas", *(f"model.{name}" for name in DIMENSIONS)
+)  # fmt: skip
+"""Fields of faults that other checks would trip over."""
 
 # The root alone: it types every group file, and a schema for each group would show up as one more choice.
 ConfigStore.instance().store(name="schema", node=RootConf)
@@ -46,9 +52,20 @@ def compose_conf(overrides: Sequence[str], conf_dir: Path = CONF_DIR) -> RootCon
     try:
         with initialize_config_dir(str(conf_dir.resolve()), job_name="orchestrator", version_base="1.3"):
             merged = hydra_compose("config", overrides=list(overrides))
+        computed = _references(OmegaConf.to_container(merged))
+        if computed:
+            raise ConfigError([reference_fault(path) for path in computed])
         return cast(RootConf, OmegaConf.to_object(merged))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(composition_fault(error, conf_dir)) from error
+
+
+def _references(values: Any, path: str = "") -> list[str]:
+    """The dotted paths of all values that OmegaConf would compute."""
+    if isinstance(values, dict | list):
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return [found for name, value in items for found in _references(value, f"{path}.{name}" if path else str(name))]
+    return [path] if isinstance(values, str) and REFERENCE in values else []
 
 
 def _host(ranks: int | None) -> spec.Cluster:
@@ -255,14 +272,11 @@ def compose(
     conf = _composed_beside(good, conf_dir, misspelt)
     dimensions = tuple(name for name in DIMENSIONS if f"model.{name}" in stated)
     model, model_faults = resolve_model(conf.model, dimensions, conf_dir)
-    single = [*range_faults(conf), *path_faults(conf), *model_faults]
+    single = [*range_faults(conf), *checks.cluster_faults(conf.cluster), *path_faults(conf), *model_faults]
     if misspelt:
         raise ConfigError([*misspelt, *single])
     # A number that is impossible by itself would only echo in the checks that follow.
-    if any(
-        fault.field.startswith(("batch.", "zero.", "fsdp.", "tensor.", "cluster.", "optimizer.betas", "model.n"))
-        for fault in single
-    ):
+    if any(fault.field.startswith(BASIC) for fault in single):
         raise ConfigError(single)
     cluster = build_cluster(conf.cluster, ranks, local)
     count = ranks if ranks is not None else cluster.cards

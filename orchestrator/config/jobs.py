@@ -57,7 +57,7 @@ def _slurm_faults(conf: SlurmConf) -> list[Fault]:
     for name, least in (("cpus", 1), ("memory_gib", 0), ("grace", 0), ("requeues", 0)):
         value = getattr(conf, name)
         if value < least:
-            faults.append(Fault(f"slurm.{name}", f"slurm.{name}={value} must be at least {least}"))
+            faults.append(Fault(f"slurm.{name}", f"slurm.{name}={value} must be at least {least}", "leave it out, or raise it"))
     if _minutes(conf) * 60 < conf.grace + LEAST_SECONDS_OF_WORK:
         problem = f"a limit of {conf.hours:g} h leaves nothing before the {conf.grace} s in which the run saves"
         faults.append(Fault("slurm.hours", problem, "raise slurm.hours, or lower slurm.grace"))

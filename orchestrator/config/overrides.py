@@ -17,6 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator.config.catalog import Key, groups, keys, sections
 from orchestrator.errors import Fault
 
+REFERENCE = "${"
+"""How OmegaConf begins a value that it computes: from another key, or from the environment, where secrets are."""
+
+
+def reference_fault(where: str) -> Fault:
+    """The fault of a value that would be computed."""
+    problem = "${…} is not replaced: it could copy a secret of the environment into the run's folder"
+    return Fault(where, problem, "write the value itself, or let your shell fill it in")
+
 
 def with_quoted_home(text: str) -> str:
     """An override whose value starts with ~/ in quotes: Hydra's grammar keeps a bare ~ for deletions."""
@@ -66,8 +75,6 @@ def _choice_fault(group: str, choice: Any, options: tuple[str, ...], text: str) 
 
 def _type_fault(override: Override, key: Key, text: str) -> list[Fault]:
     value = override.value()
-    if isinstance(value, str) and "${" in value:
-        return []
     try:
         OmegaConf.update(OmegaConf.structured(key.owner), key.path.rpartition(".")[2], value)
     except OmegaConfBaseException as error:
@@ -82,8 +89,11 @@ def _type_fault(override: Override, key: Key, text: str) -> list[Fault]:
 
 def _fault(override: Override, text: str, known: Mapping[str, Key], names: Mapping[str, tuple[str, ...]]) -> list[Fault]:
     path = override.key_or_group
-    if override.is_delete() or override.package is not None or path.partition(".")[0] == "hydra" or path.startswith("hydra/"):
-        return []
+    if re.split("[./]", path)[0] == "hydra":
+        return [Fault(text, "Hydra's own settings are not changed from here", "leave it out; run.dir names the run's folder")]
+    if override.is_delete() or override.package is not None:
+        what = "takes a choice out of" if override.is_delete() else "moves a choice within"
+        return [Fault(text, f"this {what} the composition, which the schema does not allow", "write group=choice or key=value")]
     if override.is_sweep_override():
         listed = known[path].default if path in known else None
         remedy = f"write a list: {path}=[...]" if isinstance(listed, list) else "add -m for one run each, or give one value"
@@ -105,6 +115,9 @@ def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str]
     names = {group: tuple(choice.name for choice in choices) for group, choices in groups(conf_dir).items()}
     good, stated, faults = [], set(), []
     for text in overrides:
+        if REFERENCE in text:
+            faults.append(reference_fault(text))
+            continue
         try:
             quoted = with_quoted_number(with_quoted_home(text), names)
             override = parser.parse_override(quoted)

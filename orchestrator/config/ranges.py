@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.config.catalog import Key, keys
 from orchestrator.config.schema import DataConf, DataSource, RootConf
 from orchestrator.errors import Fault
 
@@ -15,6 +17,11 @@ Rule = tuple[str, Callable[[Any], bool], str]
 
 def _at_least(least: float) -> Callable[[Any], bool]:
     return lambda value: value is None or value >= least
+
+
+def _upto(most: int) -> tuple[Callable[[Any], bool], str]:
+    """From 1 to `most`: what is counted one by one, or allotted, before anything else could refuse it."""
+    return lambda value: value is None or 1 <= value <= most, f"must be at least 1 and at most {most:,}"
 
 
 def _positive(value: Any) -> bool:
@@ -26,13 +33,17 @@ RULES: tuple[Rule, ...] = (
     ("run.epochs", _at_least(1), "must be at least 1"),
     ("run.timeout", lambda value: value == 0 or value >= 10, "must be at least 10 seconds, or 0 for none"),
     ("seed", lambda value: 0 <= value < 2**32, "must be from 0 to 4294967295"),
-    ("batch.global_size", _at_least(1), "must be at least 1"),
-    ("batch.micro", _at_least(1), "must be at least 1"),
-    ("data.seq_len", _at_least(2), "must be at least 2: a token is predicted from the one before"),
+    ("batch.global_size", *_upto(100_000_000)),
+    ("batch.micro", *_upto(1_000_000)),
+    (
+        "data.seq_len",
+        lambda value: value is None or 2 <= value <= 100_000_000,
+        "must be from 2 (a token is predicted from the one before) to 100,000,000",
+    ),
     ("data.max_rows", _at_least(1), "must be at least 1"),
-    ("data.workers", _at_least(0), "must be at least 0 (0: this process alone)"),
+    ("data.workers", lambda value: value is None or 0 <= value <= 1024, "must be from 0 (this process alone) to 1024"),
     ("data.eval_fraction", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-    ("tuning.rank", _at_least(1), "must be at least 1"),
+    ("tuning.rank", *_upto(65_536)),
     ("tuning.alpha", _at_least(1), "must be at least 1"),
     ("tuning.dropout", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     ("optimizer.lr", _positive, "must be above 0"),
@@ -62,18 +73,18 @@ RULES: tuple[Rule, ...] = (
     ("zero.max_live_parameters", _at_least(0), "must be at least 0 elements"),
     ("zero.max_reuse_distance", _at_least(0), "must be at least 0 elements"),
     ("zero.sub_group_size", _at_least(1), "must be at least 1 element"),
-    ("offload.buffer_count", _at_least(1), "must be at least 1"),
+    ("offload.buffer_count", *_upto(100_000)),
     ("offload.buffer_size", _at_least(1), "must be at least 1 element"),
     (
         "offload.aio.block_size",
         lambda value: value > 0 and value % 4096 == 0,
         "must be a multiple of 4096: the disk is read past the kernel's cache",
     ),
-    ("offload.aio.queue_depth", _at_least(1), "must be at least 1"),
-    ("offload.aio.threads", _at_least(1), "must be at least 1"),
-    ("fsdp.shard_size", _at_least(1), "must be at least 1"),
-    ("tensor.size", _at_least(1), "must be at least 1"),
-    ("pipeline.stages", _at_least(1), "must be at least 1"),
+    ("offload.aio.queue_depth", *_upto(65_536)),
+    ("offload.aio.threads", *_upto(256)),
+    ("fsdp.shard_size", *_upto(65_536)),
+    ("tensor.size", *_upto(4_096)),
+    ("pipeline.stages", *_upto(4_096)),
     ("checkpoint.every", _at_least(0), "must be at least 0 (0: only at the end)"),
     ("checkpoint.keep", _at_least(1), "must be at least 1: the run needs its last checkpoint"),
     ("recompute.every", _at_least(2), "must be at least 2: with 1 it is recompute=full"),
@@ -81,31 +92,64 @@ RULES: tuple[Rule, ...] = (
     ("eval.every", _at_least(0), "must be at least 0 (0: none)"),
     ("health.nonfinite_limit", _at_least(1), "must be at least 1"),
     ("logging.every", _at_least(1), "must be at least 1"),
-    ("model.vocab_size", _positive, "must be above 0"),
-    ("model.hidden_size", _positive, "must be above 0"),
-    ("model.intermediate_size", _positive, "must be above 0"),
-    ("model.num_hidden_layers", _positive, "must be above 0"),
-    ("model.num_attention_heads", _positive, "must be above 0"),
-    ("model.num_key_value_heads", _positive, "must be above 0"),
-    ("model.head_dim", lambda value: value > 0 and value % 2 == 0, "must be above 0 and even: rotary embeddings turn pairs"),
+    ("model.vocab_size", *_upto(10_000_000)),
+    ("model.hidden_size", *_upto(1_000_000)),
+    ("model.intermediate_size", *_upto(10_000_000)),
+    ("model.num_hidden_layers", *_upto(1_000)),
+    ("model.num_attention_heads", *_upto(4_096)),
+    ("model.num_key_value_heads", *_upto(4_096)),
+    (
+        "model.head_dim",
+        lambda value: 0 < value <= 65_536 and value % 2 == 0,
+        "must be from 2 to 65,536 and even: rotary embeddings turn pairs",
+    ),
     ("model.max_position_embeddings", _positive, "must be above 0"),
     ("model.rope_theta", _positive, "must be above 0"),
-    ("cluster.nodes", _at_least(1), "must be at least 1"),
-    ("cluster.cards_per_node", _at_least(0), "must be at least 0"),
+    ("cluster.nodes", *_upto(10_000)),
+    ("cluster.cards_per_node", lambda value: 0 <= value <= 64, "must be from 0 to 64"),
+    ("cluster.card.memory_mib", _at_least(0), "must be at least 0"),
+    ("cluster.card.half_tflops", _at_least(0), "must be at least 0"),
+    ("cluster.card.memory_gb_per_s", _at_least(0), "must be at least 0"),
+    ("cluster.card.link_gb_per_s", _at_least(0), "must be at least 0"),
     ("cluster.host_gib", _at_least(0), "must be at least 0"),
     ("cluster.nvme_gib", _at_least(0), "must be at least 0"),
     ("cluster.nvme_gb_per_s", _at_least(0), "must be at least 0"),
 )
 
 
+LARGEST = 2**53
+"""Beyond it counts are no longer whole in a float, and nothing here is that large."""
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The numbers in a value of the schema; those of a list singly."""
+    if isinstance(value, list):
+        return [number for each in value for number in _numbers(each)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def _absurd(value: Any) -> str:
+    """What no key may be, or nothing."""
+    if any(isinstance(number, float) and not math.isfinite(number) for number in _numbers(value)):
+        return "must be a finite number"
+    return "must be smaller: at most 9e15" if any(abs(number) > LARGEST for number in _numbers(value)) else ""
+
+
+def _remedy(key: Key) -> str:
+    """What the key means, and what it is where nobody sets it."""
+    unit = f", in {key.unit}" if key.unit else ""
+    return f"left out, it is {'null' if key.default is None else key.default}; it says: {key.description}{unit}"
+
+
 def range_faults(conf: RootConf) -> list[Fault]:
-    """A fault for each rule that a value of `conf` breaks."""
-    faults = []
+    """A fault for each number that is absurd, and for each rule that a value of `conf` breaks."""
+    known = keys()
+    values = {path: functools.reduce(getattr, path.split("."), conf) for path in known}
+    faults = {path: rule for path, value in values.items() if (rule := _absurd(value))}
     for path, allowed, rule in RULES:
-        value = functools.reduce(getattr, path.split("."), conf)
-        if not allowed(value):
-            faults.append(Fault(path, f"{path}={value} {rule}"))
-    return faults
+        if path not in faults and not allowed(values[path]):
+            faults[path] = rule
+    return [Fault(path, f"{path}={str(values[path])[:60]} {rule}", _remedy(known[path])) for path, rule in faults.items()]
 
 
 def _looks_local(path: str) -> bool:

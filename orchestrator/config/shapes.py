@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import textwrap
+import typing
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -90,7 +91,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
 def _parse(file: Path, field: str) -> Mapping[str, Any] | Fault:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return Fault(field, f"{file} is not readable JSON ({error})", "download the model again, or write the file anew")
     if not isinstance(config, dict):
         return Fault(field, f"{file} holds {type(config).__name__}, not an object", "give the folder of a Hugging Face model")
@@ -162,7 +163,25 @@ def _stated(conf: ModelConf) -> ModelShape:
     return ModelShape(**{name: getattr(conf, name) for name in DIMENSIONS})
 
 
+def _kind_faults(path: str, config: Mapping[str, Any]) -> list[Fault]:
+    """A fault for the dimensions in a config.json that are no numbers, or words where words should be."""
+    kinds = typing.get_type_hints(ModelShape)
+    wrong = []
+    for name, kind in kinds.items():
+        value = _first(config, name)
+        allowed = (int, float) if kind is float else kind
+        if value is not None and (not isinstance(value, allowed) or (kind is int and isinstance(value, bool))):
+            wrong.append(f"{name} is {str(value)[:40]!r}")
+    if not wrong:
+        return []
+    problem = f"the config.json of {path} cannot be meant: {', '.join(wrong)}"
+    return [Fault("model.path", problem, "download the model again, or mend that file")]
+
+
 def _located(conf: ModelConf, name: str, path: str, config: Mapping[str, Any]) -> tuple[Model, list[Fault]]:
+    wrong = _kind_faults(path, config)
+    if wrong:
+        return Model(name=name, path=path, trust_remote_code=conf.trust_remote_code, shape=None), wrong
     model = Model(name=name, path=path, trust_remote_code=conf.trust_remote_code, shape=shape_of(config))
     if _brings_code(config) and not conf.trust_remote_code:
         problem = f"{path} ({config.get('model_type')}) needs Python code of its own, which is not run unless you say so"

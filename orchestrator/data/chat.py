@@ -193,7 +193,7 @@ class Chat:
         render: Any = render_jinja_template
         try:
             texts, marks = render([turns], tools=tools or None, chat_template=self.template, **words, **options)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Malformed(f"the chat template refuses the conversation: {reason[:160]}") from error
         return texts[0], [(start, stop) for start, stop in (marks[0] if marks else ()) if start < stop]

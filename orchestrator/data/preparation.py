@@ -101,7 +101,7 @@ def prepare(
             _Preparation(parts, data, tokenizer, on_progress).write(folder)
     except OSError as error:
         problem = f"{error.filename or cache_dir}: {error.strerror or error}"
-        remedy = "set data.cache_dir to a folder that can be written and has room"
+        remedy = "free room there, or set data.cache_dir to a folder that can be written and has room"
         raise DataError(Fault("data.cache_dir", problem, remedy)) from error
     return open_prepared(folder, data, seed)
 

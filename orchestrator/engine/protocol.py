@@ -66,9 +66,12 @@ class Piece:
     owned: bool = True
     columns: tuple[int, int] | None = None
 
-    def copied(self) -> Piece:
-        """The same piece with data of its own in host memory, which the next step does not change."""
-        return replace(self, data=torch.empty_like(self.data, device="cpu").copy_(self.data.detach()))
+    def copied(self, into: torch.Tensor | None = None) -> Piece:
+        """The same piece with data of its own in host memory, which the next step does not change; in the memory of `into`
+        where that has its shape and dtype."""
+        fits = into is not None and into.shape == self.data.shape and into.dtype == self.data.dtype
+        target = into if into is not None and fits else torch.empty_like(self.data, device="cpu")
+        return replace(self, data=target.copy_(self.data.detach()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,9 +165,13 @@ def _index(folder: Path) -> dict[str, str]:
             )  # fmt: skip
         return {name: file.name for file in found for name in list(_open(file).keys())}
     try:
-        files: dict[str, str] = json.loads(listing.read_text())["weight_map"]
-    except (KeyError, json.JSONDecodeError) as error:
+        files: dict[str, str] = dict(json.loads(listing.read_text())["weight_map"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(Fault("model.path", f"{listing}: not an index ({error!r})", "download the folder again")) from error
+    odd = sorted({str(file) for file in files.values() if Path(str(file)).name != file or not file.endswith(".safetensors")})
+    if odd:
+        problem = f"{listing} names {odd[0]!r}, which is no *.safetensors of this folder"
+        raise ModelError(Fault("model.path", problem, "load it with transformers and call save_pretrained anew"))
     missing = sorted({file for file in files.values() if not (folder / file).is_file()})
     if missing:
         problem = f"{folder}: {len(missing)} files of the index are missing, first {missing[0]}"

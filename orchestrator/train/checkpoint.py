@@ -13,6 +13,7 @@ The folder is written under a temporary name and renamed when every rank has flu
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +28,11 @@ from orchestrator.engine.protocol import Piece
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.train import commit
 from orchestrator.train.commit import Stored, saved_steps, stored
+from orchestrator.train.storage import remedy_for
 from orchestrator.train.world import World
 from orchestrator.units import GIB, MIB, format_bytes
+
+LOG = logging.getLogger("orchestrator.train")
 
 FORMAT = 2
 CHUNK_BYTES = GIB
@@ -120,7 +124,7 @@ def _describe(error: Exception) -> str:
 
 
 def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> CheckpointError:
-    free = shutil.disk_usage(checkpoints).free
+    free = shutil.disk_usage(next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.is_dir())).free
     older = saved_steps(checkpoints)
     keeps = f"the newest checkpoint, {older[-1].name}, is whole" if older else "no earlier checkpoint was there to lose"
     problem = (
@@ -128,10 +132,11 @@ def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> 
         f"and {format_bytes(free)} are free; {keeps}"
     )
     short = max(needed - free, 0)
-    remedy = f"free {format_bytes(short)} there" if short else "free space there or check the disk"
-    if len(older) > 1:
+    remedy = f"free {format_bytes(short)} there" if short else remedy_for(failures[0]) or "free space there or check the disk"
+    if len(older) > 1 and remedy.startswith("free"):
         remedy += f" (for example the older {older[0].name}), lower checkpoint.keep,"
-    return CheckpointError(Fault("checkpoint", problem, f"{remedy} or move run.dir to a larger disk, then resume=auto"))
+    larger = " or move run.dir to a larger disk" if remedy.startswith("free") else ""
+    return CheckpointError(Fault("checkpoint", problem, f"{remedy}{larger}, then resume=auto"))
 
 
 def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple[_PieceWriter, str | None]:
@@ -169,10 +174,13 @@ def _publish(final: Path, document: dict[str, Any], files: dict[str, Stored], ke
     """The failure, or None: commits the checkpoint, and then drops all but the `keep` newest."""
     try:
         commit.publish(final, document, files)
-        for old in saved_steps(final.parent)[: -max(keep, 1)]:
-            commit.remove(old)
     except OSError as error:
         return _describe(error)
+    try:
+        for old in saved_steps(final.parent)[: -max(keep, 1)]:
+            commit.remove(old)
+    except OSError as error:  # the new one is safe; the next save tries again
+        LOG.warning("an older checkpoint could not be removed: %s", _describe(error))
     return None
 
 

@@ -82,6 +82,9 @@ def publish(final: Path, document: Mapping[str, Any], files: Mapping[str, Stored
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint, so that no moment shows a part of it under its name."""
+    if checkpoint.is_symlink():  # what somebody keeps elsewhere stays there
+        checkpoint.unlink()
+        return
     doomed = checkpoint.with_name(_REMOVED + checkpoint.name.lstrip("."))
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
@@ -102,7 +105,10 @@ def recover(checkpoints: Path) -> None:
             aside.rename(final)
     for prefix in (_UNFINISHED, _REMOVED):
         for stale in checkpoints.glob(f"{prefix}*"):
-            shutil.rmtree(stale)
+            if stale.is_symlink():
+                stale.unlink()
+            else:
+                shutil.rmtree(stale)
 
 
 def committed(checkpoint: Path) -> bool:
@@ -138,9 +144,16 @@ def saved_steps(checkpoints: Path) -> list[Path]:
     return [path for path in named_steps(checkpoints) if committed(path)]
 
 
+def inside(name: object) -> bool:
+    """Whether `name`, read from a file, is that of a file in the same folder: none above it, beside it or elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def _problem(checkpoint: Path, name: str, listed: Mapping[str, Any]) -> str | None:
     path = checkpoint / name
     try:
+        if not inside(name) or path.is_symlink():
+            return f"{name} is no file of its own folder"
         size = path.stat().st_size
         if size != listed["bytes"]:
             return f"{name} has {size} bytes, {listed['bytes']} were saved"
@@ -161,8 +174,14 @@ def problems(checkpoint: Path, rank: int = 0, ranks: int = 1) -> Iterator[str]:
     if not committed(checkpoint):
         yield f"its {DOCUMENT} is not the one that was committed"
         return
-    files: Mapping[str, Mapping[str, Any]] = json.loads((checkpoint / DOCUMENT).read_text(encoding="utf-8")).get("files", {})
-    names: Sequence[str] = sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::ranks]
+    try:
+        files: Mapping[str, Mapping[str, Any]] = json.loads((checkpoint / DOCUMENT).read_text(encoding="utf-8")).get(
+            "files", {}
+        )
+        names: Sequence[str] = sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::ranks]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        yield f"its {DOCUMENT} does not list its files"
+        return
     with ThreadPoolExecutor(HASHERS) as pool:
         found = pool.map(lambda name: _problem(checkpoint, name, files[name]), names)
         yield from (problem for problem in found if problem is not None)

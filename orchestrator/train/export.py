@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.spec import INT8, MAGNITUDE, NF4_DOUBLE
+from orchestrator.train.storage import remedy_for
 from orchestrator.units import format_bytes
 
 SHARD_BYTES = 2 * 10**9
@@ -232,4 +233,5 @@ def failed(folder: Path, error: OSError | SafetensorError) -> CheckpointError:
     free = shutil.disk_usage(folder.parent).free
     shutil.rmtree(folder, ignore_errors=True)
     problem = f"{folder} could not be written: {str(error).splitlines()[0]}; {format_bytes(free)} are free"
-    return CheckpointError(Fault("export", problem, "free space there; the checkpoint is whole: resume=auto exports it"))
+    remedy = remedy_for(str(error)) or "free space there"
+    return CheckpointError(Fault("export", problem, f"{remedy}; the checkpoint is whole: resume=auto exports it"))

@@ -23,6 +23,7 @@ from typing import NoReturn
 import psutil
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.train import storage
 from orchestrator.train.launcher import PeerFailure
 
 LOG = logging.getLogger("orchestrator")
@@ -178,6 +179,7 @@ def _wait_to_be_ended(seconds: float) -> None:
 def report(error: BaseException, log: Path | None) -> int:
     """The exit code for `error`, after it was told to the log and the screen as this rank's part in the run allows."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    error = storage.refusal(error) or error
     peers_fault = size > 1 and is_peers_fault(error)
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

@@ -32,6 +32,7 @@ def open_log(path: Path, rank: int) -> None:
         former.close()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk would show a traceback for each line; the metrics say it once
     logging.captureWarnings(True)
     quiet_libraries()
 

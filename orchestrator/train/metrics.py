@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -66,14 +67,23 @@ class Metrics:
     """Appends lines to `path` and hands their numbers to the tracker."""
 
     def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         self._tracker = tracker
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append `line` at once, so that another process can follow. Numbers that JSON cannot hold (nan, inf) become null."""
+        """Append `line` at once, so that another process can follow. Numbers that JSON cannot hold (nan, inf) become null.
+
+        Raises:
+            OSError: the disk refuses; it carries the path.
+        """
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.close()  # it would write what it still holds
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._tracker is not None:
             numbers = {k: float(v) for k, v in plain.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
             self._tracker.record(int(line["step"]), numbers)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from orchestrator.data.encode import beginning
@@ -73,7 +74,7 @@ def _model_tensors(folder: Path, trust_remote_code: bool) -> Iterable[tuple[str,
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     return model.state_dict().items()
 
@@ -110,7 +111,7 @@ def logits_of(folder: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+        folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits.float()
     return logits
@@ -131,7 +132,14 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
     source = base_of(folder) if is_adapter(folder) else str(folder)
     base = quantisation_of(folder)
     dtype = base["bnb_4bit_compute_dtype"] if base else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    _refuse_pickles(folder)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        problem = f"{source} cannot be opened: {str(error).splitlines()[0][:200]}"
+        raise CheckpointError(Fault("run", problem, "name a run folder whose export is whole")) from None
     if base:
         # Not bitsandbytes' own layers: NF4's kernel for the CPU is wrong where a row is no multiple of the block, and the one
         # of int8 rounds its inputs.
@@ -144,6 +152,17 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, A
             model = PeftModel.from_pretrained(model, str(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Pass unless an adapter in `folder` would be read from a pickle.
+
+    Raises:
+        CheckpointError: it holds no adapter_model.safetensors.
+    """
+    if is_adapter(folder) and not (folder / "adapter_model.safetensors").is_file():
+        problem = f"{folder} holds no adapter_model.safetensors; pickled adapters (*.bin) are never opened"
+        raise CheckpointError(Fault("run", problem, "load it once with PEFT and call save_pretrained, or train it anew"))
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from orchestrator.engine.protocol import Piece
@@ -44,7 +44,7 @@ class _Place:
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / commit.DOCUMENT).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = f"{path} is not a checkpoint: its checkpoint.json cannot be read ({error})"
         raise CheckpointError(Fault("resume", problem, "name another checkpoint of the run")) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -64,12 +64,15 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         document = _read_document(path)
-        self.step, self.epoch, self.ranks = int(document["step"]), int(document["epoch"]), int(document["ranks"])
-        self.seed: int = int(document["seed"])
-        self.about: Mapping[str, Any] = document["about"]
-        self.course: Mapping[str, Any] = document.get("course", {})
-        self.scalars: dict[str, float] = document["scalars"]
-        self.bytes: int = int(document["bytes"])
+        try:
+            self.step, self.epoch, self.ranks = int(document["step"]), int(document["epoch"]), int(document["ranks"])
+            self.seed: int = int(document["seed"])
+            self.about: Mapping[str, Any] = dict(document["about"])
+            self.course: Mapping[str, Any] = dict(document.get("course", {}))
+            self.scalars: dict[str, float] = {name: float(value) for name, value in document["scalars"].items()}
+            self.bytes: int = int(document["bytes"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._broken(f"its {commit.DOCUMENT} lacks what every checkpoint states ({error!r})") from None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[tuple[str, str], list[_Place]] = {}
         self._files: dict[str, Any] = {}
@@ -89,10 +92,19 @@ class Reader:
     def _merge(self, name: str) -> None:
         try:
             index = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError, RecursionError):
             raise self._broken(f"{name} cannot be read, and {self.ranks} ranks wrote it") from None
+        try:
+            self._place(index)
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            raise self._broken(f"{name} is no index of pieces ({error!r})") from None
+
+    def _place(self, index: Mapping[str, Any]) -> None:
+        """Take in where the pieces of one rank lie."""
         self.shapes.update({tensor: tuple(shape) for tensor, shape in index["shapes"].items()})
         for piece in index["pieces"]:
+            if not commit.inside(piece["file"]):
+                raise ValueError(f"{piece['file']!r} is no file of its folder")
             start, length, file = piece["start"], piece["length"], piece["file"]
             key = key_of(piece["name"], piece["kind"], start)
             place = _Place(start, start + length, file, key)
@@ -104,9 +116,12 @@ class Reader:
 
     def _slice(self, place: _Place, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the saved piece itself."""
-        if place.file not in self._files:
-            self._files[place.file] = safe_open(self.path / place.file, framework="pt", device="cpu")
-        part: torch.Tensor = self._files[place.file].get_slice(place.key)[start:stop]
+        try:
+            if place.file not in self._files:
+                self._files[place.file] = safe_open(self.path / place.file, framework="pt", device="cpu")
+            part: torch.Tensor = self._files[place.file].get_slice(place.key)[start:stop]
+        except SafetensorError as error:
+            raise self._broken(f"{place.file} does not hold what its index says ({error})") from None
         return part
 
     def _from_columns(self, name: str, places: Sequence[_Place], start: int, stop: int) -> torch.Tensor | None:
@@ -158,8 +173,11 @@ class Reader:
         file = self.path / f"rank-{rank:05d}.rng.safetensors"
         if not file.exists():
             return False
-        states = load_file(file)
-        torch.set_rng_state(states["cpu"])
+        try:
+            states = load_file(file)
+            torch.set_rng_state(states["cpu"])
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise self._broken(f"{file.name} holds no random states ({error})") from None
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], device)
         return True

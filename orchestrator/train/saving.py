@@ -6,7 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
+
+import torch
 
 from orchestrator.engine.protocol import Piece
 from orchestrator.train.world import World
@@ -28,8 +31,9 @@ class Saved:
 class Saver:
     """Saves one checkpoint after another; in the background the next one waits until the last is on the disk.
 
-    In the background the pieces are copied to host memory first, so a rank holds its share of the training state twice there
-    until they are written. `report` is called, by the thread that trains, for each that is finished.
+    In the background the pieces are copied to host memory first, so a rank holds its share of the training state twice there.
+    That memory is kept for the next save: fresh pages would cost more than the copy. `report` is called, by the thread that
+    trains, for each that is finished.
     """
 
     def __init__(self, world: World, report: Callable[[Saved], None], *, background: bool) -> None:
@@ -38,6 +42,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._finished: Saved | None = None
         self._failure: BaseException | None = None
+        self._memory: list[torch.Tensor] = []
 
     def save(self, pieces: Iterator[Piece], write: Write) -> None:
         """Write `pieces`, or copy them and have them written.
@@ -52,7 +57,9 @@ class Saver:
             seconds = time.perf_counter() - begun
             self._report(Saved(path, size, seconds, seconds))
             return
-        copies = [piece.copied() for piece in pieces if piece.owned]
+        owned = (piece for piece in pieces if piece.owned)
+        copies = [piece.copied(into) for piece, into in zip(owned, chain(self._memory, repeat(None)), strict=False)]
+        self._memory = [piece.data for piece in copies]
         stall = time.perf_counter() - begun
 
         def work() -> None:
