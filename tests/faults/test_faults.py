@@ -50,3 +50,13 @@ def test_a_checkpoint_of_one_strategy_goes_on_under_another_on_another_number_of
     found = run("moves.py", "--only", "plain", "zero3_cpu@2", "tensor2@2", "--tunings", "lora")
     assert found["wrong"] == [] and found["moves"] == 9
     assert found["loss_apart"] < 1e-6
+
+
+def test_a_disk_that_refuses_is_told_and_nothing_is_lost(boundary):
+    found = run("disks.py", "--every", "12", LD_PRELOAD=str(boundary))["saves"]
+    assert found["wrong"] == [] and found["refused"].keys() == {"ENOSPC", "EDQUOT", "EROFS", "EIO"}
+
+
+def test_any_composition_is_a_plan_or_a_clear_refusal():
+    found = run("compositions.py", "--cases", "60")
+    assert found["broken"] == {} and found["valid"] > 5 and found["valid"] + found["refused"] == found["cases"] == 60

@@ -151,7 +151,7 @@ case("a YAML tag that calls", "recipe/evil")(choice("run: !!python/object/apply:
 case("a YAML tag that imports", "recipe/evil")(choice("run: {dir: !!python/name:os.system }\n"))
 case("_target_ in a file", "_target_")(choice("model: {_target_: os.system, command: '{command}'}\n"))
 case("a secret in a file", "data.path", "${…} is not replaced")(choice("data: {path: '${oc.env:HF_TOKEN}'}\n"))
-case("a file of bytes", "recipe")(choice(b"run: \xff\xfe\x00\n"))
+case("a file of bytes", "conf: ", "utf-8")(choice(b"run: \xff\xfe\x00\n"))
 
 
 # Words that reach a scheduler
@@ -174,7 +174,8 @@ def directive_in_a_folder(place: Place) -> None:
 def command_in_a_script(place: Place) -> None:
     evil = f"/x/$(touch {place.executed})`touch {place.executed}`'; touch {place.executed} #"
     batch = Batch(
-        job=Slurm(8, 0, 60, 300, 3, setup=evil), name="$(touch executed)", folders=(Path(evil),), nodes=1, ranks_per_node=1, on_cards=False,
+        job=Slurm(8, 0, 60, 300, 3, setup=evil), name="$(touch executed)", folders=(Path(evil),),
+        nodes=1, ranks_per_node=1, on_cards=False,
         python=evil, script=Path(evil),
     )  # fmt: skip
     script = render(ROOT / "launch" / "slurm", batch)
