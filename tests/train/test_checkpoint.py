@@ -143,7 +143,7 @@ def test_no_room_is_refused_before_anything_is_written(tmp_path, world):
 
 
 def test_two_ranks_write_and_one_reads(tmp_path):
-    for code, output in run_ranks(WORKER, [str(tmp_path)], 2, 60):
+    for code, output in run_ranks(WORKER, [str(tmp_path)], 2, 240):
         assert code == 0, output
     reader = Reader(tmp_path / "step-000002")
     assert reader.ranks == 2 and reader.read("w", "weight", 90, 110).tolist() == list(map(float, range(90, 110)))
