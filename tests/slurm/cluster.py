@@ -13,14 +13,16 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare", "nsenter", "taskset", "ip")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NETWORK, BRIDGE, PORT = "10.99.0", "10.99.0.1", 16817
 NODES, CORES = ("n1", "n2"), 4
-PATIENCE = 30.0
+PATIENCE, SILENCE = 30.0, 240.0
+"""Seconds: until a daemon answers, and without a sign of life from a job."""
+
 ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"})
 
 CONFIGURATION = """\
@@ -52,6 +54,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=patient Nodes=n[1-2] MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes=n[1-2] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
@@ -61,14 +64,20 @@ def missing() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
-def wait_for(what: str, seen: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Return when `seen` gives something true.
+def wait_for(
+    what: str, seen: Callable[[], object], seconds: float = PATIENCE, moving: Callable[[], object] = lambda: None
+) -> None:
+    """Return when `seen` gives something true. Time counts anew whenever `moving` gives something else: on a machine that
+    others use as well, work that goes on may take any time.
 
     Raises:
         TimeoutError: it does not within `seconds`.
     """
-    deadline = time.monotonic() + seconds
+    state, deadline = moving(), time.monotonic() + seconds
     while not seen():
+        now = moving()
+        if now != state:
+            state, deadline = now, time.monotonic() + seconds
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} within {seconds:.0f} s")
         time.sleep(0.05)
@@ -105,7 +114,8 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         nodes = "\n".join(
-            f"NodeName={node} NodeAddr={self.address(node)} Port={PORT + 1} CPUs={CORES} RealMemory=4000 Gres=gpu:{CORES}"
+            f"NodeName={node} NodeAddr={self.address(node)} Port={PORT + 1} CPUs={CORES} RealMemory=4000 Gres=gpu:{CORES} "
+            f"Feature=only_{node}"
             for node in NODES
         )
         files = {
@@ -186,7 +196,7 @@ class Cluster:
         """
         inside = [word if not word.startswith("--wdns=") or cwd is None else f"--wdns={cwd}" for word in self.inside]
         ended = subprocess.run(
-            [*inside, *map(str, words)], env=self.environment | variables, text=True, capture_output=True, timeout=120
+            [*inside, *map(str, words)], env=self.environment | variables, text=True, capture_output=True, timeout=SILENCE
         )
         if check and ended.returncode:
             raise RuntimeError(f"{' '.join(map(str, words))}: code {ended.returncode}\n{ended.stdout}{ended.stderr}")
@@ -200,14 +210,20 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", number, check=False).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, states: Sequence[str] | frozenset[str] = ENDED, seconds: float = 240.0) -> dict[str, str]:
-        """The fields of job `number` when it is in one of `states`.
+    def wait(self, number: str, seconds: float = SILENCE, moving: Callable[[], object] = lambda: None) -> dict[str, str]:
+        """The fields of job `number` when it has ended.
 
         Raises:
-            TimeoutError: it is not within `seconds`.
+            TimeoutError: nothing about it has moved for `seconds`.
         """
-        wait_for(f"job {number} {'/'.join(sorted(states))}", lambda: self.job(number).get("JobState") in states, seconds)
+        wait_for(f"the end of job {number}", lambda: self.job(number).get("JobState") in ENDED, seconds, moving)
         return self.job(number)
+
+    def account(self, number: str) -> str:
+        """What Slurm knows of job `number` and its nodes, for the message of a test that waited in vain."""
+        logs = [path.read_text().splitlines()[-40:] for path in sorted((self.home / "log").glob("slurm*.log"))]
+        shown = [self.run("scontrol", "show", "job", number, check=False), self.run("sinfo", "-N", "-l", check=False)]
+        return "\n".join([*shown, *(line for lines in logs for line in lines)])
 
     def __exit__(self, *_: object) -> None:
         if self.inside:
