@@ -293,7 +293,7 @@ def compose(
 
 def job_faults(stated: frozenset[str], ranks: int | None) -> list[Fault]:
     """The fault of words about a job in a run that starts here and now, as `ranks` processes (None: it is only looked at)."""
-    words = sorted(name for name in stated if name.partition(".")[0] == "slurm")
+    words = sorted(name for name in stated if name.partition(".")[0] in ("slurm", "kubernetes"))
     if not words or ranks is None:
         return []
     remedy = "launch/submit.py takes the same words; or leave them out"

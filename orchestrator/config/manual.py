@@ -38,6 +38,7 @@ ORDER = (
     "cluster",
     "logger",
     "slurm",
+    "kubernetes",
 )
 """Groups in the order in which a person thinks of them; any other follows by name."""
 

@@ -460,6 +460,24 @@ class SlurmConf:
 
 
 @dataclass
+class KubernetesConf:
+    """A TrainJob of launch/submit.py. Pods, processes and cards are those of the cluster that the choice names."""
+
+    kind: JobKind = key(JobKind.none, "whether a TrainJob is made (set by the group)")
+    name: str | None = key(None, "name of the TrainJob; null: that of the run folder")
+    namespace: str | None = key(None, "namespace; null: that of your context")
+    image: str = key("orchestrator", "image of docker/Dockerfile, as the nodes can pull it")
+    claim: str = key("training", "volume claim that all pods share: runs, models and data")
+    mount: str = key("/shared", "where the claim is mounted; runs go to runs/ there")
+    cpus: int = key(8, "cores of each pod", "cores")
+    memory_gib: int = key(64, "memory of each pod", "GiB")
+    shm_gib: int = key(16, "shared memory of each pod, out of its memory", "GiB")
+    grace: int = key(300, "what a pod that is told to end has for saving", "seconds")
+    requeues: int = key(3, "pods are started again at most so often: preemption, lost node, error")
+    resource: str = key("nvidia.com/gpu", "what the cluster calls a card")
+
+
+@dataclass
 class RootConf:
     run: RunConf = field(default_factory=RunConf)
     seed: int = key(0, "decides sample order, random weights, dropout and the held-out split")
@@ -488,3 +506,4 @@ class RootConf:
     health: HealthConf = field(default_factory=HealthConf)
     plan: PlanConf = field(default_factory=PlanConf)
     slurm: SlurmConf = field(default_factory=SlurmConf)
+    kubernetes: KubernetesConf = field(default_factory=KubernetesConf)

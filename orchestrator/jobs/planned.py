@@ -10,9 +10,10 @@ from pathlib import Path
 from orchestrator.config import compose_job
 from orchestrator.errors import ConfigError, Fault, OrchestratorError
 from orchestrator.planner.plan import Plan
+from orchestrator.planner.predict import table_for
 from orchestrator.planner.prelude import settle
-from orchestrator.spec import RunSpec, Slurm
-from orchestrator.train import submission
+from orchestrator.spec import Job, Kubernetes, RunSpec
+from orchestrator.train import preflight, submission
 from orchestrator.train.folder import ROOT, RunFolder
 
 Refused = Callable[[str, OrchestratorError], None]
@@ -25,7 +26,7 @@ class Planned:
 
     words: str
     spec: RunSpec
-    job: Slurm
+    job: Job
     plan: Plan
     lines: tuple[str, ...]
 
@@ -54,8 +55,10 @@ def plan(overrides: Sequence[str], taken: Sequence[Path] = ()) -> Planned:
     words = [re.sub(r"^nodes=", "cluster.nodes=", word) for word in overrides]
     spec, job = compose_job(words)
     prelude = settle(spec)
-    spec = submission.placed(prelude.spec, ROOT, taken)
-    planned = Planned(" ".join(words), spec, job, prelude.plan, prelude.lines)
+    root = Path(job.mount) / ROOT if isinstance(job, Kubernetes) else ROOT
+    spec = submission.placed(prelude.spec, root, taken)
+    found = () if isinstance(job, Kubernetes) else preflight.shared(spec, table_for(spec))  # pods share an image instead
+    planned = Planned(" ".join(words), spec, job, prelude.plan, (*prelude.lines, *found))
     if planned.folder.path in taken:
         problem = f"several runs of the sweep would write into {planned.folder.path}"
         raise ConfigError(Fault("run.dir", problem, "leave run.dir out: each run gets a folder of its own"))

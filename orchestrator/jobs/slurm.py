@@ -12,6 +12,7 @@ from orchestrator.cluster import slurm
 from orchestrator.cluster.slurm import Batch
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.jobs.planned import Planned
+from orchestrator.spec import Slurm
 from orchestrator.train import submission
 from orchestrator.train.folder import write_text
 
@@ -34,7 +35,7 @@ def batches(planned: Sequence[Planned], train: Path) -> list[Batch]:
     Raises:
         ConfigError: the runs of an array ask for different resources.
     """
-    if len(planned) > 1 and all(run.job.array for run in planned):
+    if len(planned) > 1 and all(isinstance(run.job, Slurm) and run.job.array for run in planned):
         if len({(run.job, run.spec.cluster) for run in planned}) > 1:
             problem = "the runs of one array have the same nodes and limits, and these differ"
             raise ConfigError(Fault("slurm.array", problem, "leave slurm.array out: one job for each run"))
@@ -45,6 +46,7 @@ def batches(planned: Sequence[Planned], train: Path) -> list[Batch]:
 def _batch(planned: Sequence[Planned], train: Path) -> Batch:
     first = planned[0]
     cluster = first.spec.cluster
+    assert isinstance(first.job, Slurm), "the run was planned for Slurm"
     return Batch(
         job=first.job, name=first.name, folders=tuple(run.folder.path for run in planned), nodes=cluster.nodes,
         ranks_per_node=cluster.cards_per_node, on_cards=cluster.card.name != "cpu", python=sys.executable, script=train,

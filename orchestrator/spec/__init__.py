@@ -3,7 +3,7 @@
 from orchestrator.spec.cluster import Card, Cluster
 from orchestrator.spec.codec import digest, from_json, to_json
 from orchestrator.spec.division import Division, divided, divided_table, division, sizes_that_divide, widths
-from orchestrator.spec.job import Slurm
+from orchestrator.spec.job import Job, Kubernetes, Slurm
 from orchestrator.spec.model import (
     EMBEDDING,
     HEAD,
@@ -48,8 +48,8 @@ __all__ = [
     "EMBEDDING", "HEAD", "INT8", "KNOWN_FAMILIES", "LINEARS", "MAGNITUDE", "NF4", "NF4_DOUBLE", "PLAIN_HEADS", "ROOT",
     "ZERO_STAGES",
     "Batch", "Buckets", "Card", "Checkpoint", "Cluster", "Data", "Division", "Engine", "Evaluation", "Export", "Health", "Home",
-    "Logging", "Loss", "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision", "Run",
-    "RunSpec", "Schedule", "Shard", "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided", "divided_table",
-    "division", "expand_targets", "from_json", "norms_of", "only", "owner", "parameters", "quantised", "scale_elements",
-    "sizes_that_divide", "stored", "stored_shape", "to_json", "widths", "with_lora",
+    "Job", "Kubernetes", "Logging", "Loss", "Model", "ModelShape", "Nvme", "Optimizer", "Parameter", "Planning", "Precision",
+    "Run", "RunSpec", "Schedule", "Shard", "Slurm", "Source", "Strategy", "Tuning", "block_of", "digest", "divided",
+    "divided_table", "division", "expand_targets", "from_json", "norms_of", "only", "owner", "parameters", "quantised",
+    "scale_elements", "sizes_that_divide", "stored", "stored_shape", "to_json", "widths", "with_lora",
 ]  # fmt: skip

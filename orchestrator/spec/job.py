@@ -23,3 +23,25 @@ class Slurm:
     gpu: str | None = None
     setup: str | None = None
     array: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kubernetes:
+    """A TrainJob of Kubeflow Trainer. Each pod gets `cpus` and `memory_gib`, and a card of the kind `resource` for each rank.
+    `claim` is the volume that all pods share, at `mount`; `grace` (seconds) is what a pod that is told to end has for saving.
+    """
+
+    image: str
+    claim: str
+    mount: str
+    cpus: int
+    memory_gib: int
+    shm_gib: int
+    grace: int
+    requeues: int
+    resource: str
+    name: str | None = None
+    namespace: str | None = None
+
+
+Job = Slurm | Kubernetes

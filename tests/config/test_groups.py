@@ -58,7 +58,7 @@ def needs(group: str, choice: str, tmp_path: Path) -> list[str]:
         return [f"data.path={tmp_path}/data.jsonl"]
     if group == "offload":
         return ["zero=stage3"]
-    if group in ("cluster", "slurm"):
+    if group in ("cluster", "slurm", "kubernetes"):
         return ["zero=stage2"]
     if (group, choice) in (("optimizer", "paged_adamw_8bit"), ("attention", "flash")):
         return ["cluster=1xa10"]
