@@ -36,9 +36,11 @@ def train(overrides: list[str]) -> int:
             spec = submission.load(saved, ranks)
         else:
             spec = compose(overrides, ranks=ranks, local=local_cluster, strict=False)
+        from orchestrator.planner.predict import table_for
         from orchestrator.planner.prelude import settle
         from orchestrator.report.record import load
         from orchestrator.report.tables import print_report
+        from orchestrator.train import preflight
         from orchestrator.train.folder import RunFolder, write_json
         from orchestrator.train.meeting import facts
         from orchestrator.train.run import Run
@@ -46,10 +48,10 @@ def train(overrides: list[str]) -> int:
 
         world = join(spec.cluster.card.name, facts(spec))
         prelude = world.on_first(lambda: settle(spec))
+        warnings = preflight.look(prelude.spec, lambda: table_for(prelude.spec), world)
         run = Run(prelude.spec, world, stop=stop)
         if prelude.spec.strategy.nvme is not None:
             from orchestrator.layout import lay_out
-            from orchestrator.planner.predict import table_for
             from orchestrator.planner.traffic import traffic
             from orchestrator.train import disk
 
@@ -63,7 +65,7 @@ def train(overrides: list[str]) -> int:
             log = folder.log
             if world.first:
                 write_json(folder.plan, prelude.plan.to_json())
-                for line in prelude.lines:
+                for line in (*prelude.lines, *warnings):
                     run.display.note(line)
 
         outcome = run.execute(on_open=opened)

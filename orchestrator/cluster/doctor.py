@@ -18,7 +18,7 @@ DEFAULT_PORT = 29500
 SHM_BYTES = GIB
 """NCCL shares some 10 MiB for each pair of ranks through /dev/shm, loaders more; Docker's default of 64 MiB is too little."""
 
-OPEN_FILES = 4096
+OPEN_FILES, MANY_RANKS = 4096, 16
 """Sockets and mapped files of a rank; 1,024 is the common default and runs out with some dozen ranks."""
 
 FREE_BYTES = 2 * GIB
@@ -115,6 +115,9 @@ def _cuda(machine: Machine, need: Need) -> Iterator[Finding]:
         elif machine.torch_cuda is not None:
             yield _fine("driver", f"none; torch is built for CUDA {_dotted(machine.torch_cuda)} and computes on the CPU")
         return
+    if machine.torch_cuda is None and not machine.cards:
+        yield _fine("driver", f"{machine.driver}; no card is visible, and torch is a CPU build")
+        return
     if machine.torch_cuda is None:
         effect = "the cards stay idle, and the run computes on the CPU"
         yield _fails("torch", "a CPU build beside cards", effect, "pip install the CUDA build of the same torch version")
@@ -192,7 +195,9 @@ def _shm(machine: Machine, need: Need) -> Iterator[Finding]:
     if machine.shm_bytes >= SHM_BYTES:
         yield _fine("/dev/shm", format_bytes(machine.shm_bytes))
         return
-    severe = len(machine.cards) > 1 and need.ranks != 1
+    if need.on_cards is False and need.ranks == 1:
+        return  # nothing to share
+    severe = len(machine.cards) > 1 and need.ranks != 1 and need.on_cards is not False
     effect = 'NCCL ends with "No space left on device" or "unhandled system error"'
     mend = "start the container with --ipc=host or --shm-size=8g; in a pod mount an emptyDir of medium Memory there"
     yield (_fails if severe else _risk)("/dev/shm", format_bytes(machine.shm_bytes), effect, mend)
@@ -200,7 +205,8 @@ def _shm(machine: Machine, need: Need) -> Iterator[Finding]:
 
 def _limits(machine: Machine, need: Need) -> Iterator[Finding]:
     files = machine.open_files
-    if files is not None and files < OPEN_FILES:
+    many = (need.ranks or len(machine.cards)) * need.nodes > MANY_RANKS
+    if files is not None and files < OPEN_FILES and many:
         yield _risk(
             "open files",
             f"at most {files}",
@@ -236,7 +242,7 @@ def _disk(machine: Machine, need: Need) -> Iterator[Finding]:
             yield _fine("disk", f"{format_bytes(free)} free for {path}")
 
 
-def _operators(machine: Machine, need: Need) -> Iterator[Finding]:
+def operators(machine: Machine, need: Need) -> Iterator[Finding]:
     lacking = [name for name, there in (("a C++ compiler", machine.compiler), ("ninja", machine.ninja)) if not there]
     if lacking:
         make = _fails if need.compiles else _risk
@@ -308,12 +314,15 @@ def _versions(machine: Machine, need: Need) -> Iterator[Finding]:
 
 Check = Callable[[Machine, Need], Iterable[Finding]]
 
-CHECKS: tuple[Check, ...] = (_cards, _cuda, _bf16, _links, _memory, _shm, _limits, _disk, _operators, _holes, _versions)
+CHECKS: tuple[Check, ...] = (_cards, _cuda, _bf16, _links, _memory, _shm, _limits, _disk, operators, _holes, _versions)
+OF_CARDS: tuple[Check, ...] = (_cards, _cuda, _bf16, _links)
+SHARED: tuple[Check, ...] = (_disk, _holes, _versions)
+"""What the nodes of a job have in common with the machine that submits it."""
 
 
-def examine(machine: Machine, need: Need | None = None) -> list[Finding]:
-    """Every finding about `machine` for a run with `need` (None: any), those that fail first."""
-    return ordered([finding for check in CHECKS for finding in check(machine, need or Need())])
+def examine(machine: Machine, need: Need | None = None, checks: Iterable[Check] = CHECKS) -> list[Finding]:
+    """Every finding of `checks` about `machine` for a run with `need` (None: any), those that fail first."""
+    return ordered([finding for check in checks for finding in check(machine, need or Need())])
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:

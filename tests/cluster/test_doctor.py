@@ -52,7 +52,7 @@ def test_a_sound_machine_has_nothing_to_mend():
         ({"shm_bytes": 64 * 2**20, "cards": ()}, Need(), "risk", "/dev/shm", "--shm-size=8g"),
         ({"available_bytes": 100 * GIB}, Need(pinned_bytes=130 * GIB), "fails", "host memory", "code -9"),
         ({"available_bytes": 10 * GIB}, Need(), "risk", "host memory", "10.00 GiB free"),
-        ({"open_files": 1024}, Need(), "risk", "open files", "ulimit -n 4096"),
+        ({"open_files": 1024}, Need(ranks=4, nodes=8), "risk", "open files", "ulimit -n 4096"),
         ({"locked_bytes": 65536}, Need(nodes=2), "risk", "locked memory", "InfiniBand"),
         ({"host_resolves": False}, Need(), "risk", "host name", "GLOO_SOCKET_IFNAME"),
         ({"free": {"runs": GIB}}, Need(), "risk", "disk", "1.00 GiB free for runs"),
