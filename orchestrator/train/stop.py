@@ -41,13 +41,3 @@ def listening(request: StopRequest, signals: Sequence[signal.Signals] = SIGNALS)
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def sheltered() -> Iterator[None]:
-    """While it lasts, processes that are started, forked or not, never see SIGNALS; this one gets them when it ends."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -6,12 +6,15 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -291,6 +294,29 @@ class Doomed(Encoder):
     def encode(self, chunk: Chunk) -> Shard:
         os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(chunk)
+
+
+class SlowEncoder(Encoder):
+    """An encoder that says which process works and takes its time, so that signals come meanwhile."""
+
+    def encode(self, chunk: Chunk) -> Shard:
+        time.sleep(0.5)
+        return Shard(file=os.getpid(), share=chunk.share)
+
+
+def test_the_signals_of_a_batch_system_do_not_reach_the_processes_that_tokenise(tokenizer: Any) -> None:
+    children = psutil.Process().children
+    before = {child.pid for child in children()}
+    shards = encode_all(SlowEncoder(tokenizer, None, 64, "drop"), [Chunk(0, "text", [], each) for each in range(12)], 2)
+    first = next(shards)
+    crew = [child for child in children() if child.pid not in before]
+    assert len(crew) >= 2
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        for process in crew:
+            # From a stranger, as from a batch system: the crew heeds its parent's SIGTERM alone.
+            subprocess.run(["kill", f"-{number.value}", str(process.pid)], check=True)
+    done = [first, *shards]
+    assert [shard.share for shard in done] == list(range(12)) and {shard.file for shard in done} <= {each.pid for each in crew}
 
 
 def test_a_tokenising_process_that_is_killed_ends_the_run_with_a_word(tokenizer: Any) -> None:
