@@ -279,13 +279,19 @@ class DeepSpeedEngine:
             self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
 
     def _publish(self, read: Callable[[str, str, int, int], torch.Tensor]) -> None:
-        """Bring the working copies of the weights up to the masters that were just read."""
+        """Bring the working copies of the weights up to the masters that were just read. After a step stage 3 keeps small
+        weights whole: they are let go of and gathered again, as after an update (stage3.py, `_post_step`)."""
+        standing = [p for p in self.zero.persistent_parameters if p.numel()] if self.shard is Shard.PARAMETERS else []
+        if standing:
+            standing[0].partition(standing)
         for name, parameter in self._trained():
             if self.shard is Shard.PARAMETERS:
                 start, stop = self._partition(parameter)
                 put_part(parameter, read(name, "weight", start, stop))
             else:
                 parameter.copy_(read(name, "weight", 0, parameter.numel()).view(parameter.shape))
+        if standing:
+            standing[0].all_gather(standing)
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._trained():
