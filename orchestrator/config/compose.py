@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator import spec
 from orchestrator.config import checks, computing, divisions
 from orchestrator.config.catalog import CONF_DIR
+from orchestrator.config.health import build_health, health_faults
 from orchestrator.config.idle import idle_faults
 from orchestrator.config.optimizer import build_optimizer, optimizer_faults
 from orchestrator.config.overrides import REFERENCE, check_overrides, composition_fault, reference_fault
@@ -211,6 +212,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         ),
         *checks.export_faults(conf.export.merge, conf.tuning.kind),
         *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
+        *health_faults(conf.health, conf.checkpoint.every),
     ]
 
 
@@ -243,7 +245,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         export=spec.Export(conf.export.format.value, conf.export.merge),
         logging=spec.Logging(conf.logging.every, conf.logger.tracker.value),
         plan=spec.Planning(conf.plan.on_misfit.value),
-        health=spec.Health(conf.health.on_nonfinite.value, conf.health.nonfinite_limit),
+        health=build_health(conf.health),
         loss=computing.build_loss(conf.loss, model),
         recompute_every=conf.recompute.every,
         attention=conf.attention.kind.value,

@@ -8,6 +8,7 @@ from orchestrator.config.schema import (
     FsdpKind,
     LossKind,
     OnNonfinite,
+    OnSpike,
     OptimizerName,
     Quant,
     RecomputeKind,
@@ -82,6 +83,12 @@ NEEDS: tuple[Need, ...] = (
         lambda conf: conf.health.on_nonfinite is OnNonfinite.skip,
         "health.on_nonfinite=stop ends the run at the first",
         "use health.on_nonfinite=skip",
+    ),
+    (
+        ("health.spike_window", "health.spike_deviations", "health.spike_limit"),
+        lambda conf: conf.health.on_spike is OnSpike.rollback,
+        "health.on_spike=ignore looks for no spike",
+        "add health.on_spike=rollback",
     ),
     (
         ("optimizer.betas",),

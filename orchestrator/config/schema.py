@@ -145,6 +145,11 @@ class OnNonfinite(Enum):
     stop = "stop"
 
 
+class OnSpike(Enum):
+    ignore = "ignore"
+    rollback = "rollback"
+
+
 class OnMisfit(Enum):
     refuse = "refuse"
     warn = "warn"
@@ -432,6 +437,12 @@ class LoggerConf:
 class HealthConf:
     on_nonfinite: OnNonfinite = key(OnNonfinite.skip, "a step whose loss or gradient is not finite: skip its update, or stop")
     nonfinite_limit: int = key(10, "skipped steps in a row that end the run", "steps")
+    on_spike: OnSpike = key(
+        OnSpike.ignore, "a loss far above those before it: ignore, or go back to the last checkpoint and leave its samples out"
+    )
+    spike_window: int = key(64, "steps whose losses say what is usual", "steps")
+    spike_deviations: float = key(10.0, "how far above their median a loss is a spike", "standard deviations, from their MAD")
+    spike_limit: int = key(3, "spikes that are gone back from; one more ends the run", "spikes")
 
 
 @dataclass

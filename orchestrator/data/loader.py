@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import TypeVar, cast
 
 import numpy as np
@@ -34,9 +34,11 @@ def steps(
     pad_id: int,
     start_step: int = 0,
     total_steps: int,
+    skipped: Collection[int] = (),
     split: str = "train",
-) -> Iterator[StepBatch]:
-    """The steps `start_step` … `total_steps` - 1 of `rank` (of `ranks` data-parallel ones), made ready in the background.
+) -> Generator[StepBatch]:
+    """The steps `start_step` … `total_steps` - 1 of `rank` (of `ranks` data-parallel ones), made ready in the background;
+    those `skipped` are left out, and no other step gets other samples for that.
 
     Each has `batch.accumulation` micro-batches of exactly `batch.micro` rows; the last step of an epoch is filled up with
     rows that learn nothing. All micro-batches of all ranks together are the same samples for any number of ranks and any
@@ -56,6 +58,8 @@ def steps(
         count, size = epoch_size(rows), batch.global_size
         numbered = global_batches(order_of, count, size, start_step=start_step, total_steps=total_steps)
         for step, epoch, chosen in numbered:
+            if step in skipped:
+                continue
             labelled = int(rows.labelled[chosen].sum())
             if not labelled:
                 raise _nothing_to_learn(step, rows, chosen)
@@ -107,7 +111,7 @@ def _nothing_to_learn(step: int, rows: Rows, chosen: Counts) -> DataError:
     return DataError(Fault("data", problem, "raise data.seq_len or batch.global_size, or mend those samples"))
 
 
-def _ahead(source: Iterator[T], depth: int) -> Iterator[T]:
+def _ahead(source: Iterator[T], depth: int) -> Generator[T]:
     """The items of `source` in order, up to `depth` of them made ready by a thread; what it raises is raised here.
 
     The thread ends with the iteration, also when that is broken off.

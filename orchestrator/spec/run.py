@@ -206,10 +206,19 @@ class Logging:
 @dataclass(frozen=True, slots=True)
 class Health:
     """`on_nonfinite` "skip": a step whose loss or gradient is not finite updates nothing, and `nonfinite_limit` of them in a
-    row end the run; "stop": the first ends it, gradients that overflow under fp16's loss scaling apart."""
+    row end the run; "stop": the first ends it, gradients that overflow under fp16's loss scaling apart.
+
+    `on_spike` "rollback": a loss that lies `spike_deviations` above the median of the last `spike_window` steps takes the run
+    back to its last checkpoint, and the samples of that step are left out; one more than `spike_limit` of them ends the run.
+    "ignore": nobody looks.
+    """
 
     on_nonfinite: str = "skip"
     nonfinite_limit: int = 10
+    on_spike: str = "ignore"
+    spike_window: int = 64
+    spike_deviations: float = 10.0
+    spike_limit: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Moment:
     """What a checkpoint says about the run besides tensors.
 
     A resume must share `about`, the identity. `course`, what decides the samples of a step, it may change, and is told so.
+    `health` is what the run knows of its losses (train/spikes.py).
     """
 
     step: int
@@ -55,6 +56,7 @@ class Moment:
     spec_digest: str
     about: Mapping[str, Any]
     course: Mapping[str, Any] = field(default_factory=dict)
+    health: Mapping[str, Any] = field(default_factory=dict)
 
 
 def key_of(name: str, kind: str, start: int) -> str:
@@ -216,7 +218,7 @@ def save(
         document = {
             "format": FORMAT, "step": moment.step, "epoch": moment.epoch, "seed": moment.seed, "ranks": world.size,
             "spec_digest": moment.spec_digest, "about": dict(moment.about), "course": dict(moment.course),
-            "scalars": dict(scalars), "bytes": written,
+            "scalars": dict(scalars), "bytes": written, "health": dict(moment.health),
         }  # fmt: skip
         files = {name: file for _, listed in ranks for name, file in listed.items()}
         failure = world.tell(_publish(final, document, files, keep) if world.first else None)

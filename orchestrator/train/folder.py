@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def audit(self) -> Path:
+        """A line for each time that the run went back from a spike of its loss."""
+        return self.path / "audit.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "train.log"
 

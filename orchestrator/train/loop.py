@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from orchestrator.train.health import Watch, ran_out
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics
 from orchestrator.train.schedule import learning_rate
+from orchestrator.train.spikes import Spike, Spikes
 from orchestrator.train.stop import StopRequest
 from orchestrator.train.watch import EVALUATE, SAVE
 from orchestrator.train.world import World
@@ -30,11 +31,13 @@ EvalBatches = Callable[[], Iterable[MicroBatch]]
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a loop ended: the last finished step, its epoch, and whether a signal stopped it before the last step."""
+    """How a loop ended: the last finished step, its epoch, and whether a signal stopped it before the last step, or a `spike`
+    of the loss, which is not saved."""
 
     step: int
     epoch: int
     stopped: bool
+    spike: Spike | None = None
 
 
 def _sum_over_ranks(values: list[torch.Tensor | float], world: World) -> list[float]:
@@ -75,6 +78,7 @@ class Loop:
         metrics: Metrics | None,
         display: Display,
         *,
+        spikes: Spikes | None = None,
         eval_batches: EvalBatches | None = None,
         on_memory: Callable[[int, list[Memory]], None] | None = None,
         on_memory_end: Callable[[int, str, BaseException], OrchestratorError] | None = None,
@@ -85,6 +89,7 @@ class Loop:
         self._eval_batches, self._on_memory, self._at = eval_batches, on_memory, at
         self._copies = spec.strategy.tp
         self._watch, self._on_memory_end = Watch(spec), on_memory_end
+        self._spikes = Spikes(spec.health, {}) if spikes is None else spikes
 
     def run(
         self,
@@ -93,7 +98,7 @@ class Loop:
         save: Callable[[int, int], None],
         after_first: Callable[[], None],
     ) -> Ending | None:
-        """Take every step of `steps`; None where there was none.
+        """Take every step of `steps`, or those up to a spike of the loss; None where there was none.
 
         `save(step, epoch)` is called every `checkpoint.every` steps and at the end, `after_first` once after the first that
         updated something.
@@ -122,6 +127,9 @@ class Loop:
             if note is not None:
                 self._display.note(note)
             self._watch.refuse(number, line["loss"])
+            spike = self._spikes.judge(number, line["loss"]) if line["finite"] else None
+            if spike is not None:
+                return replace(ending, stopped=False, spike=spike)
             every = self._spec.checkpoint.every
             if every and number % every == 0:
                 self._at(number, SAVE)

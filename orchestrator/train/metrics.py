@@ -88,6 +88,13 @@ class Metrics:
             numbers = {k: float(v) for k, v in plain.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
             self._tracker.record(int(line["step"]), numbers)
 
+    def rewind(self, step: int) -> None:
+        """Take the lines after `step` out of the file; see `drop_after`."""
+        path = Path(self._file.name)
+        self._file.close()
+        drop_after(path, step)
+        self._file = path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         self._file.close()
         if self._tracker is not None:

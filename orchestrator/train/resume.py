@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from orchestrator.engine.protocol import Piece
+from orchestrator.engine.protocol import Engine, Piece
 from orchestrator.errors import CheckpointError, Fault
 from orchestrator.train import commit
 from orchestrator.train.checkpoint import FORMAT, key_of
@@ -71,6 +73,9 @@ class Reader:
             self.course: Mapping[str, Any] = dict(document.get("course", {}))
             self.scalars: dict[str, float] = {name: float(value) for name, value in document["scalars"].items()}
             self.bytes: int = int(document["bytes"])
+            health = document.get("health", {})
+            losses = [[int(step), float(loss)] for step, loss in health.get("losses", ())]
+            self.health: Mapping[str, Any] = {"losses": losses, "skipped": [int(step) for step in health.get("skipped", ())]}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._broken(f"its {commit.DOCUMENT} lacks what every checkpoint states ({error!r})") from None
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -184,6 +189,22 @@ class Reader:
 
     def close(self) -> None:
         self._files.clear()
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed what dropout draws from, differently on each rank. Initial weights and the data's order have their own seeds."""
+    random.seed(seed + rank)
+    numpy.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def bring_back(engine: Engine, reader: Reader, world: World) -> None:
+    """Bring `engine` and the random states of this rank to where the checkpoint left off; a rank that had no part in it draws
+    afresh."""
+    engine.load(reader.read, reader.scalars)
+    if not reader.random_state(world.rank, world.device):
+        seed_rank(reader.seed + reader.step, world.rank)
+    reader.close()
 
 
 def first_sound(candidates: Sequence[Path], world: World, say: Callable[[str], None]) -> Path | None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import random
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy
 import torch
 from torch import nn
 
 from orchestrator import data
+from orchestrator.data.batch import StepBatch
 from orchestrator.engine import Engine, make
 from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError, OrchestratorError
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower, saved_bytes
@@ -36,10 +35,11 @@ from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics, drop_after, open_tracker
 from orchestrator.train.probe import Probe, probe_ids
 from orchestrator.train.publish import Publisher
-from orchestrator.train.resume import Reader, changes, check_run, check_tensors, first_sound
+from orchestrator.train.resume import Reader, bring_back, changes, check_run, check_tensors, first_sound, seed_rank
 from orchestrator.train.saving import Saved, Saver
+from orchestrator.train.spikes import Spikes, WayBack
 from orchestrator.train.stop import StopRequest, listening
-from orchestrator.train.watch import Watch
+from orchestrator.train.watch import SAVE, Watch
 from orchestrator.train.world import World
 from orchestrator.units import format_bytes, format_count, format_seconds
 
@@ -55,13 +55,6 @@ class Outcome:
     total: int
     stopped: bool
     export: Path | None
-
-
-def _seed(seed: int, rank: int) -> None:
-    """Seed what dropout draws from, differently on each rank. Initial weights and the data's order have their own seeds."""
-    random.seed(seed + rank)
-    numpy.random.seed((seed + rank) % 2**32)
-    torch.manual_seed(seed + rank)
 
 
 class Run:
@@ -100,9 +93,11 @@ class Run:
                 self._load(engine, reader)
             started = reader.step if reader is not None else 0
             self._introduce(prepared, total, started)
-            for sentence in changes(reader, course(self.spec, prepared)) if reader is not None else ():
+            told = changes(reader, course(self.spec, prepared)) if reader is not None else []
+            for sentence in told:
                 self.display.note(f"         {sentence}")
-            ending = self._train(engine, prepared, tokenizer, total, started)
+            spikes = Spikes(self.spec.health, reader.health if reader is not None and not told else {})
+            ending = self._train(engine, prepared, tokenizer, total, started, spikes)
             done = ending.step if ending is not None else started
             stopped = ending is not None and ending.stopped
             if ending is not None:  # else what the finished run measured stands
@@ -174,7 +169,7 @@ class Run:
         self.folder = choice.folder
         open_log(self.folder.log, world.rank)
         world.barrier()  # rank 0 may take the folder away again
-        _seed(spec.seed, world.rank)
+        seed_rank(spec.seed, world.rank)
         return Reader(choice.checkpoint) if choice.checkpoint is not None else None
 
     def _prepare(self) -> tuple[Any, Any, int]:
@@ -240,10 +235,7 @@ class Run:
         if failures:
             problem = failures[0].partition(": ")[2]
             raise CheckpointError(Fault("resume", problem, "resume with the model and tuning that it was saved with"))
-        engine.load(reader.read, reader.scalars)
-        if not reader.random_state(self.world.rank, self.world.device):
-            _seed(self.spec.seed + reader.step, self.world.rank)
-        reader.close()
+        bring_back(engine, reader, self.world)
 
     def _introduce(self, prepared: Any, total: int, started: int) -> None:
         """Say in a few lines what runs where."""
@@ -276,26 +268,35 @@ class Run:
             if started >= total:
                 note(f"         nothing is left to do: raise run.steps above {started} to go on")
 
-    def _train(self, engine: Engine, prepared: Any, tokenizer: Any, total: int, started: int) -> Ending | None:
+    def _train(
+        self, engine: Engine, prepared: Any, tokenizer: Any, total: int, started: int, spikes: Spikes
+    ) -> Ending | None:  # fmt: skip
         spec, world = self.spec, self.world
         dp_rank, ranks = world.rank // spec.strategy.tp, spec.strategy.dp
         pad = data.choose_pad_id(tokenizer)
-        steps = data.steps(
-            prepared, spec.batch, seed=spec.seed, rank=dp_rank, ranks=ranks, pad_id=pad, start_step=started, total_steps=total
-        )
         held_out: Callable[[], Any] | None = None
         if spec.eval.every and len(prepared.eval):
             held_out = partial(data.eval_batches, prepared, spec.batch.micro, dp_rank, ranks, pad)
         watch = Watch(world, spec.run.timeout, self._folder.log)
         loop = Loop(
-            engine, spec, world, total, self._metrics, self.display, eval_batches=held_out, on_memory=self._remember,
-            on_memory_end=partial(self._memory_end, engine), at=watch.at,
+            engine, spec, world, total, self._metrics, self.display, spikes=spikes, eval_batches=held_out,
+            on_memory=self._remember, on_memory_end=partial(self._memory_end, engine), at=watch.at,
         )  # fmt: skip
 
-        self._saver = saver = Saver(world, self._saved, background=spec.checkpoint.background)
+        way_back = WayBack(engine, world, self._folder, spikes, self.display.note)
+        if self._choice.checkpoint is not None:
+            way_back.know(self._choice.checkpoint)
+
+        def saved(done: Saved) -> None:
+            way_back.know(done.path)
+            self._saved(done)
+
+        self._saver = saver = Saver(world, saved, background=spec.checkpoint.background)
 
         def save(step: int, epoch: int) -> None:
-            moment = checkpoint.Moment(step, epoch, spec.seed, digest(spec), identity(spec), course(spec, prepared))
+            moment = checkpoint.Moment(
+                step, epoch, spec.seed, digest(spec), identity(spec), course(spec, prepared), spikes.to_json()
+            )
             pieces, scalars = engine.save()
             write = partial(
                 checkpoint.save, self._folder.checkpoints, moment, scalars=scalars,
@@ -307,12 +308,26 @@ class Run:
             self._census(engine, STEPPED)
             self._account(None)
 
+        def steps_from(first: int) -> Generator[StepBatch]:
+            return data.steps(
+                prepared, spec.batch, seed=spec.seed, rank=dp_rank, ranks=ranks, pad_id=pad, start_step=first,
+                total_steps=total, skipped={step - 1 for step in spikes.skipped},
+            )  # fmt: skip
+
         self.display.begin(started, total)
         try:
             with listening(self._stop) as stop:
-                ending = loop.run(steps, stop, save, after_first)
-                saver.wait()
-                return ending
+                while True:
+                    with closing(steps_from(started)) as steps:
+                        ending = loop.run(steps, stop, save, after_first)
+                    saver.wait()
+                    if ending is None or ending.spike is None:
+                        return ending
+                    watch.at(ending.step, SAVE)
+                    back = way_back.take(ending.spike, self._metrics)
+                    started = ending.step if back is None else back[0]
+                    if back is not None:
+                        save(*back)  # the same state, and from now on the samples that are left out
         finally:
             watch.close()
             self.display.end()

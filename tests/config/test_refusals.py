@@ -134,6 +134,8 @@ REFUSALS = [
     ("zero=stage1 zero.gradients=fp32 precision=bf16", 2, ["DeepSpeed adds up in bf16 there", "zero=stage2 or stage3"]),
     ("zero.gradients=fp32", 1, ["zero.gradients", "zero=none runs no DeepSpeed"]),
     ("health.on_nonfinite=stop health.nonfinite_limit=3", 1, ["health.nonfinite_limit", "ends the run at the first"]),
+    ("health.on_spike=rollback", 1, ["health.on_spike", "checkpoint.every=0 saves at the end alone", "checkpoint.every=100"]),
+    ("health.spike_limit=2", 1, ["health.spike_limit", "looks for no spike", "health.on_spike=rollback"]),
     # data and resume
     ("data=local", 1, ["data=local needs a file", "data.path=FILE"]),
     ("data.path=/nowhere.json", 1, ["no file /nowhere.json", ".jsonl"]),
@@ -175,6 +177,9 @@ OUT_OF_RANGE = [
     ("optimizer.betas", [0.9], "must be two numbers"),
     ("optimizer.betas", [0.9, 1.0], "must be two numbers"),
     ("health.nonfinite_limit", 0, "must be at least 1"),
+    ("health.spike_window", 7, "must be at least 8"),
+    ("health.spike_deviations", 0.0, "must be above 0"),
+    ("health.spike_limit", 0, "must be at least 1"),
     ("optimizer.momentum", 1.0, "must be at least 0 and below 1"),
     ("optimizer.forgetting", 0.0, "must be above 0"),
     ("optimizer.update_clip", 0.0, "must be above 0"),

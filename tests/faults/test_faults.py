@@ -46,6 +46,11 @@ def test_every_damage_is_seen_and_passed_over():
     assert found["missed"] == [] and sum(found["tried"].values()) == 60
 
 
+def test_a_poisoned_batch_is_gone_back_from_and_left_out():
+    found = run("spikes.py", "--only", "zero3@2")
+    assert found["wrong"] == {} and found["same"] == 1
+
+
 def test_a_checkpoint_of_one_strategy_goes_on_under_another_on_another_number_of_ranks():
     found = run("moves.py", "--only", "plain", "zero3_cpu@2", "tensor2@2", "--tunings", "lora")
     assert found["wrong"] == [] and found["moves"] == 9
