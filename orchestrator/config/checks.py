@@ -9,6 +9,7 @@ from orchestrator.config.schema import (
     GradientDtype,
     OffloadConf,
     OffloadHome,
+    Quant,
     TuningConf,
     TuningKind,
     ZeroConf,
@@ -288,12 +289,17 @@ def module_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     return [Fault("tuning.modules", problem, f"valid: {EMBEDDING}, {HEAD}, {ALL_NORMS}")]
 
 
+def untied(tuning: TuningConf) -> bool:
+    """Whether the head becomes a copy of its own: where it, or something beside the adapters, is trained apart."""
+    return tuning.untie and (tuning.kind is TuningKind.head or (tuning.kind.adapters and bool(tuning.modules)))
+
+
 def tie_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     """A head or an embedding that cannot be trained without the other; and untying what is not tied."""
     if shape is None:
         return []
     if not shape.tie_word_embeddings:
-        if not tuning.untie:
+        if not untied(tuning):
             return []
         return [Fault("tuning.untie", "would have no effect: this model's head is not tied to its embedding", "leave it out")]
     parts = [name for name in (module_names(tuning, shape) or ()) if name in (EMBEDDING, HEAD)] if tuning.kind.adapters else []
@@ -305,17 +311,26 @@ def tie_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     return [Fault("tuning", problem, remedy)]
 
 
+def quant_of(tuning: TuningConf) -> str:
+    """The format that the linear layers of the blocks rest in, "" as they are."""
+    if not tuning.kind.can_pack:
+        return ""
+    if tuning.quant is None:
+        return Quant.nf4.value if tuning.kind is TuningKind.qlora else ""
+    return tuning.quant.value
+
+
 def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
     """Weights that cannot be packed: nf4 takes blocks of 64, int8 whole elements of the dtype that holds them."""
-    if tuning.kind is not TuningKind.qlora or shape is None or not shape.known:
+    form = quant_of(tuning)
+    if not form or shape is None or not shape.known:
         return []
-    form = tuning.quant.value
     odd = [p for p in quantised(parameters(shape), form) if p.quant and p.numel % DIVISOR[form]]
     if not odd:
         return []
     size = " × ".join(str(n) for n in odd[0].shape)
     problem = f"{odd[0].name} has {size} weights, which {form} cannot divide into blocks of {DIVISOR[form]}"
-    return [Fault("tuning", problem, "use tuning=lora, or a model whose layers divide")]
+    return [Fault("tuning", problem, "leave it in 16 bits (tuning=lora), or use a model whose layers divide")]
 
 
 def dora_faults(tuning: TuningConf, tensor: int, offload: OffloadConf) -> list[Fault]:

@@ -135,16 +135,16 @@ def _home(path: str | None) -> str | None:
 
 
 def _tuning(conf: TuningConf, shape: spec.ModelShape | None) -> spec.Tuning:
+    quant = checks.quant_of(conf)
+    packed = {"quant": quant, "double_quant": conf.double_quant and quant == Quant.nf4.value}
     if conf.kind in (TuningKind.full, TuningKind.head):
-        return spec.Tuning(conf.kind.value, untie=conf.untie)
+        return spec.Tuning(conf.kind.value, untie=checks.untied(conf), **(packed if quant else {}))
     targets = spec.expand_targets(checks.target_names(conf) or ())
     tuning = spec.Tuning(
         conf.kind.value, rank=conf.rank, alpha=conf.alpha, dropout=conf.dropout, targets=targets,
-        modules=checks.module_names(conf, shape) or (), untie=conf.untie, rslora=conf.rslora, dora=conf.dora,
+        modules=checks.module_names(conf, shape) or (), untie=checks.untied(conf), rslora=conf.rslora, dora=conf.dora,
     )  # fmt: skip
-    if conf.kind is TuningKind.qlora:
-        return replace(tuning, quant=conf.quant.value, double_quant=conf.double_quant and conf.quant is Quant.nf4)
-    return tuning
+    return replace(tuning, **packed) if quant else tuning
 
 
 def _data(conf: DataConf, seq_len: int) -> spec.Data:
@@ -188,7 +188,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
             choose_precision(conf.precision.compute, cluster.card),
         ),
         *checks.swapped_run_faults(
-            conf.offload, conf.optimizer.name.value, conf.tuning.kind is TuningKind.qlora, conf.checkpoint.background
+            conf.offload, conf.optimizer.name.value, bool(checks.quant_of(conf.tuning)), conf.checkpoint.background
         ),
         *checks.pin_faults(conf.offload, cluster),
         *checks.rank_faults(ranks, cluster),
@@ -222,7 +222,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
     if strategy.gradients == choose_precision(conf.precision.compute, cluster.card):
         strategy = replace(strategy, gradients=None)
     cluster = see_disk(cluster, strategy.nvme)
-    if conf.tuning.untie and model.shape is not None:
+    if checks.untied(conf.tuning) and model.shape is not None:
         model = replace(model, shape=replace(model.shape, tie_word_embeddings=False))
     share = conf.batch.global_size // strategy.dp
     micro = choose_micro(conf.batch.micro, share, _tiny(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.config.checks import quant_of
 from orchestrator.config.schema import (
     LossConf,
     LossKind,
@@ -57,8 +58,9 @@ OPTIMIZERS = ("adamw", "adamw_bf16", "lion")
 def company_faults(tensor: TensorConf, tuning: TuningConf, loss: LossConf, optimizer: OptimizerConf) -> list[Fault]:
     """What works on whole matrices alone."""
     faults = []
-    if tensor.size > 1 and tuning.kind is TuningKind.qlora:
-        problem = f"tensor={tensor.size} with tuning=qlora: packed weights have no rows and columns to divide"
+    if tensor.size > 1 and quant_of(tuning):
+        what = "tuning=qlora" if tuning.kind is TuningKind.qlora else "tuning.quant"
+        problem = f"tensor={tensor.size} with {what}: packed weights have no rows and columns to divide"
         faults.append(Fault(FIELD, problem, "use tuning=lora, or fsdp=full_shard tensor=none"))
     if tensor.size > 1 and loss.kind is LossKind.liger:
         problem = f"tensor={tensor.size} with loss.kind=liger: its kernel knows no divided vocabulary"

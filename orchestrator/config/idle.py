@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from orchestrator.config.checks import quant_of
 from orchestrator.config.schema import (
     FsdpKind,
     LossKind,
@@ -31,19 +32,25 @@ NEEDS: tuple[Need, ...] = (
     ),
     (
         ("tuning.untie",),
-        lambda conf: conf.tuning.kind is TuningKind.head or bool(conf.tuning.modules),
+        lambda conf: not conf.tuning.untie or conf.tuning.kind is TuningKind.head or bool(conf.tuning.modules),
         "nothing but the head and the embedding can be untied, and neither is trained by itself",
         "add tuning=head, or tuning.modules=[lm_head]",
     ),
     (
-        ("tuning.quant", "tuning.double_quant"),
-        lambda conf: conf.tuning.kind is TuningKind.qlora,
-        "only tuning=qlora quantises the base",
+        ("tuning.quant",),
+        lambda conf: conf.tuning.kind.can_pack,
+        "only tuning=qlora and tuning=head quantise the base",
         "add tuning=qlora",
     ),
     (
         ("tuning.double_quant",),
-        lambda conf: conf.tuning.kind is not TuningKind.qlora or conf.tuning.quant is Quant.nf4,
+        lambda conf: bool(quant_of(conf.tuning)),
+        "only tuning=qlora, and tuning=head with tuning.quant, quantise the base",
+        "add tuning=qlora",
+    ),
+    (
+        ("tuning.double_quant",),
+        lambda conf: quant_of(conf.tuning) in ("", Quant.nf4.value),
         "int8 has one scale to a row, too few to quantise",
         "use tuning.quant=nf4",
     ),

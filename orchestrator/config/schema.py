@@ -49,6 +49,11 @@ class TuningKind(Enum):
     def adapters(self) -> bool:
         return self in (TuningKind.lora, TuningKind.qlora)
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether the linear layers of the blocks are frozen, so that they can rest in fewer bits."""
+        return self in (TuningKind.qlora, TuningKind.head)
+
 
 class Quant(Enum):
     nf4 = "nf4"
@@ -248,8 +253,10 @@ class TuningConf:
     rslora: bool = key(False, "LoRA: scale by alpha / sqrt(rank), so that high ranks learn as fast (arXiv:2312.03732)")
     dora: bool = key(False, "LoRA: train the size of each row of a weight apart from its direction (arXiv:2402.09353)")
     untie: bool = key(False, "give a head that shares the embedding a copy of its own, so that it can be trained alone")
-    quant: Quant = key(
-        Quant.nf4, "QLoRA: format in which the linear layers of the blocks rest; int8: weights alone, twice nf4's memory"
+    quant: Quant | None = key(
+        None,
+        "QLoRA and head: format in which the linear layers of the blocks rest; null: nf4 for qlora, as they are for head; "
+        "int8: weights alone, twice nf4's memory",
     )
     double_quant: bool = key(True, "QLoRA: quantise the scales of nf4 too; 0.516 instead of 0.563 bytes to a weight")
 

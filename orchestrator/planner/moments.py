@@ -219,10 +219,9 @@ def card_moments(
     lasting = {line: count for line, count in backward.items() if line not in ("gradients", "reduce_scatter")}
     workspace = {"workspace": overhead(spec.cluster, spec.strategy.ranks).workspace}
     forward = _moving(layout, "forward", Home.GPU)
-    if spec.recompute != "none":
-        unpacked = max(unpacked, rows)
-    last = {"activations": held.again + held.transient, "unpacked": unpacked}
-    inside = {"activations": held.one_block + held.transient, "unpacked": unpacked}
+    in_backward = 0 if spec.tuning.kind == "head" else max(unpacked, rows if spec.recompute != "none" else 0)
+    last = {"activations": held.again + held.transient, "unpacked": in_backward}
+    inside = {"activations": held.one_block + held.transient, "unpacked": in_backward}
     in_forward = {"gradients": gradients.at_loss, "activations": held.blocks + held.again, "unpacked": rows}
 
     def now(phase: str, what: str, *parts: Mapping[str, int]) -> Moment:

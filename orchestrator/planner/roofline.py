@@ -210,7 +210,7 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     again = 0.0 if alone else _again(blocks, spec, shape, tokens)
     unpacking = _unpacking(spec, table)
     measuring = _measuring(spec, table)
-    forward, backward = forward + unpacking + measuring, backward + unpacking
+    forward, backward = forward + unpacking + measuring, backward + (0.0 if alone else unpacking)
     again += unpacking + measuring if again else 0.0
     moved = traffic(spec, table)
     rate = link_rate(spec.cluster, spec.strategy.ranks)

@@ -42,8 +42,8 @@ class Tuning:
     embedding's weights, becomes a copy of its own. `rslora`: adapters are scaled by alpha / √rank (arXiv:2312.03732). `dora`:
     what adapters change is the direction of each row of a weight, and its length is trained besides (arXiv:2402.09353).
 
-    `quant` "nf4", "int8" or "none": how the frozen linear layers rest under "qlora"; `double_quant`: the scales of nf4
-    quantised too.
+    `quant` "nf4", "int8" or "none": how the frozen linear layers rest under "qlora" and "head"; `double_quant`: the scales
+    of nf4 quantised too.
     """
 
     kind: str
@@ -60,8 +60,9 @@ class Tuning:
 
     @property
     def label(self) -> str:
-        """Short name for tables: "full", "lora", "lora dora", "qlora int8"."""
-        words = [self.kind, "dora" if self.dora else "", "int8" if self.form == INT8 else ""]
+        """Short name for tables: "full", "lora", "lora dora", "qlora int8", "head nf4"."""
+        usual = self.kind == "qlora" and self.quant != INT8
+        words = [self.kind, "dora" if self.dora else "", self.quant if self.form and not usual else ""]
         return " ".join(word for word in words if word)
 
     @property
@@ -77,7 +78,7 @@ class Tuning:
     @property
     def form(self) -> str:
         """The format of `spec.quant` that linear layers rest in, "" as they are."""
-        if self.kind != "qlora":
+        if self.quant == "none":
             return ""
         if self.quant == INT8:
             return INT8

@@ -70,7 +70,9 @@ class Publisher:
     def _write(self, waiting: Path, final: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         spec = self.spec
         if not spec.tuning.adapters:
-            whole = tensors if spec.tuning.kind == "full" else export.replaced(self._base_tensors(), dict(tensors))
+            whole = tensors
+            if spec.tuning.kind != "full":
+                whole = export.replaced(self._base_tensors(as_trained=True), dict(tensors))
             self._note(waiting, self._write_model(waiting, whole))
             return
         adapters = {export.adapter_name(name): tensor.detach().clone() for name, tensor in tensors}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from recipes import second_runs
 
 from orchestrator import plan
 from orchestrator.config import compose
@@ -21,6 +22,24 @@ def test_a_recipe_fits_its_card_as_its_first_line_says(name: str) -> None:
     assert stated, f"conf/recipe/{name}.yaml states no prediction"
     assert (f"{made.memory.used / GIB:.1f}", f"{made.memory.limit / GIB:.1f}") == stated.groups()
     assert made.verdict == "fits"
+
+
+def test_what_begins_with_the_head_goes_on_and_fits() -> None:
+    """The second run's model is the export of the first: the same, with a head of its own."""
+    assert second_runs().keys() == {name for name in RECIPES if "pretrain" in name}
+    for name, (words, stated) in second_runs().items():
+        first = compose([f"recipe={name}"])
+        assert (first.tuning.kind, first.tuning.untie, first.model.shape.tie_word_embeddings) == ("head", True, False)
+        assert first.precision.compute == "fp16" and first.batch.accumulation > 1
+        untied = [*(word for word in words if not word.startswith("model.path")), "model.path=random"]
+        made = plan([*untied, "model.tie_word_embeddings=false"], basis="layout")
+        assert (f"{made.memory.used / GIB:.1f}", made.verdict) == (stated, "fits")
+
+
+def test_every_weight_of_a_tied_model_is_trained_tied() -> None:
+    made = plan(["recipe=llama32_1b_pretrain_1xt4", "tuning=full", "batch.micro=1", "recompute=full"], basis="layout")
+    assert (f"{made.memory.used / GIB:.1f}", made.verdict) == ("13.4", "fits")
+    assert compose(["recipe=llama32_1b_pretrain_1xt4", "tuning=full"]).model.shape.tie_word_embeddings
 
 
 def test_what_the_user_says_wins() -> None:

@@ -46,9 +46,10 @@ def test_rslora_scales_by_the_root_of_the_rank():
         ("tuning=lora tuning.modules=5", ["no list of module names"]),
         ("tuning=head tuning.rslora=true", ["tuning.rslora: would have no effect", "add tuning=lora"]),
         ("tuning=head export.merge=true", ["tuning=head has no adapters to fold in"]),
+        ("tuning=full tuning.quant=int8", ["only tuning=qlora and tuning=head quantise the base"]),
+        ("tuning=head tuning.double_quant=true", ["and tuning=head with tuning.quant, quantise"]),
         ("tuning=qlora tuning.dora=true", ["finds packed bits", "use tuning=lora"]),
         ("tuning.dora=true", ["tuning.dora", "would have no effect", "add tuning=lora"]),
-        ("tuning=head tuning.quant=nf4", ["only tuning=qlora quantises the base"]),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_what_can(words, parts):

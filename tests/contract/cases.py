@@ -52,6 +52,7 @@ TUNINGS = {
     "int8": s.Tuning("qlora", rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"), quant="int8"),
     "dora": s.Tuning("lora", rank=4, alpha=8, targets=s.LINEARS, dora=True),
     "head": s.Tuning("head"),
+    "packed_head": s.Tuning("head", quant="nf4"),
     "modules": s.Tuning(
         "lora", rank=4, alpha=8, targets=("q_proj",), rslora=True,
         modules=("embed_tokens", "lm_head", "norm", "input_layernorm"),
@@ -147,6 +148,7 @@ def all_cases(ranks: int) -> list[Case]:
             for rest in (("nf4", "fp32", 1), ("nf4x2", "bf16", 4), ("int8", "fp32", 1))
         ]
         packed += [Case(name, tuning, "fp32", 1) for name in WIDE for tuning in ("head", "modules")]
+        packed += [Case(name, "packed_head", "fp32", 1) for name in ("zero1_optimizer", "full_shard")]
         packed += [Case("tensor2", tuning, "fp32", 1) for tuning in ("head", "modules")]
         packed += [Case(name, "dora", "fp32", 1) for name in DORA] + [Case("full_shard", "dora", "bf16", 4, recompute="full")]
         packed.append(Case("full_shard", "untied", "fp32", 1))
