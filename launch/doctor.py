@@ -1,4 +1,4 @@
-"""Look at this machine before a run: `python launch/doctor.py [ranks=4] [port=29500] [dir=runs] [probe=false]`.
+"""Look at this machine before a run: `python launch/doctor.py [ranks=4] [port=29500] [dir=runs,/nvme] [probe=false]`.
 
 Exit code 0: a run can start, 2: something would fail it."""
 
@@ -39,7 +39,7 @@ def examine(argv: list[str]) -> int:
     if rest:
         known = ", ".join(f"{name}={value}" for name, value in defaults.items())
         raise ConfigError(Fault(rest[0], "is not understood", f"valid: {known}"))
-    machine = this_machine([Path(values["dir"]).expanduser()])
+    machine = this_machine([Path(folder).expanduser() for folder in values["dir"].split(",")])
     ranks = positive(values, "ranks") if any(word.startswith("ranks=") for word in argv) else 0
     findings = doctor.examine(machine, doctor.Need(ranks=ranks))
     findings.append(doctor.port(positive(values, "port")))

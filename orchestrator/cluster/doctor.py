@@ -179,13 +179,14 @@ def _links(machine: Machine, need: Need) -> Iterator[Finding]:
 
 def _memory(machine: Machine, need: Need) -> Iterator[Finding]:
     limited = machine.usable_bytes < machine.memory_bytes
-    text = f"{format_bytes(machine.usable_bytes)} usable, {format_bytes(machine.available_bytes)} free now"
+    free = min(machine.available_bytes, machine.usable_bytes)
+    text = f"{format_bytes(machine.usable_bytes)} usable, {format_bytes(free)} free now"
     if limited:
-        text += f" (the container's limit; the machine has {format_bytes(machine.memory_bytes)})"
-    if need.pinned_bytes and need.pinned_bytes > machine.available_bytes:
+        text += f" (the limit of the container or job; the machine has {format_bytes(machine.memory_bytes)})"
+    if need.pinned_bytes > free:
         effect = f"{format_bytes(need.pinned_bytes)} rest in host memory: the kernel would kill a rank without a word (code -9)"
         yield _fails("host memory", text, effect, "free memory, raise the container's limit, or use offload=none or more nodes")
-    elif machine.available_bytes < machine.usable_bytes // 10:
+    elif free < machine.usable_bytes // 10:
         yield _risk("host memory", text, "loading may be killed", "look who holds it: ps aux --sort=-rss | head")
     else:
         yield _fine("host memory", text)
@@ -216,13 +217,13 @@ def _limits(machine: Machine, need: Need) -> Iterator[Finding]:
     else:
         yield _fine("open files", "no limit" if files is None else f"at most {files}")
     locked = machine.locked_bytes
-    if need.nodes > 1 and locked is not None:
-        yield _risk(
-            "locked memory",
-            f"at most {format_bytes(locked)}",
-            "InfiniBand cannot register buffers, and NCCL falls back to TCP",
-            "ulimit -l unlimited; in Slurm LimitMEMLOCK=infinity for slurmd",
-        )
+    uses = [
+        *(["InfiniBand cannot register buffers, and NCCL falls back to TCP"] if need.nodes > 1 else []),
+        *(["DeepSpeed cannot lock the buffers through which a disk is read (mlock)"] if need.nvme else []),
+    ]
+    if uses and locked is not None:
+        mend = "ulimit -l unlimited; in Slurm LimitMEMLOCK=infinity for slurmd, in Docker --ulimit memlock=-1"
+        yield _risk("locked memory", f"at most {format_bytes(locked)}", "; ".join(uses), mend)
     if not machine.host_resolves:
         yield _risk(
             "host name",
@@ -265,7 +266,9 @@ def operators(machine: Machine, need: Need) -> Iterator[Finding]:
                 "set CUDA_HOME to a toolkit of torch's CUDA",
             )
         else:
-            yield _fine("operators", f"built with {machine.compiler} when they are needed")
+            able = ["cpu_adam", *(["async_io"] if machine.libaio else [])]
+            able += ["fused_adam"] if cuda is not None and machine.torch_cuda is not None and not mismatch else []
+            yield _fine("operators", f"{', '.join(able)} can be built with {machine.compiler}, when they are needed")
     if not machine.libaio:
         make = _fails if need.nvme else _risk
         yield make(

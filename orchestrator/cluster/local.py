@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from orchestrator.cluster.hardware import card_of
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.spec import Card, Cluster
 
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Where a container's memory limit stands: cgroup v2, then v1."""
+MEMBERSHIP, HIERARCHY = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def host_bytes(limits: tuple[Path, ...] = CGROUP_LIMITS) -> int:
-    """Bytes of memory that this process may use: the machine's, or the container's limit where that is lower."""
+def cgroup_limits(membership: Path = MEMBERSHIP, hierarchy: Path = HIERARCHY) -> list[Path]:
+    """Where limits of this process's memory may stand: those of its control group and of all around it, of cgroup v2 and v1.
+
+    In a container its own group is the root; under Slurm or systemd it is some levels down (cgroups(7), /proc/PID/cgroup).
+    """
+    found = [hierarchy / "memory.max", hierarchy / "memory" / "memory.limit_in_bytes"]
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return found
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (hierarchy / "memory", "memory.limit_in_bytes") if controllers else (hierarchy, "memory.max")
+        group = Path(path.lstrip("/"))
+        found += [base / each / name for each in (group, *group.parents)]
+    return found
+
+
+def host_bytes(limits: Iterable[Path] | None = None) -> int:
+    """Bytes of memory that this process may use: the machine's, or the lowest of `limits` (None: of its control groups)."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in limits:
+    for limit in cgroup_limits() if limits is None else limits:
         with contextlib.suppress(OSError, ValueError):  # no such hierarchy, or "max": no limit
             memory = min(memory, int(limit.read_text().strip()))
     return memory

@@ -20,6 +20,21 @@ def test_host_memory_is_the_container_s_where_that_is_lower(tmp_path):
     assert local.host_bytes((limit,)) == GIB // 2
 
 
+def test_a_job_s_limit_counts_wherever_it_stands_above_the_process(tmp_path):
+    """As Slurm (v2) and older container engines (v1) place a process: the limit stands one level up."""
+    membership, hierarchy = tmp_path / "cgroup", tmp_path / "fs"
+    for text, place in (
+        ("0::/system.slice/slurmstepd.scope/job_7/step_0\n", "system.slice/slurmstepd.scope/job_7/memory.max"),
+        ("3:cpu:/a\n9:memory,x:/docker/b/c\n", "memory/docker/b/memory.limit_in_bytes"),
+    ):
+        membership.write_text(text)
+        (hierarchy / place).parent.mkdir(parents=True)
+        (hierarchy / place).write_text(f"{GIB // 4}\n")
+        assert local.host_bytes(local.cgroup_limits(membership, hierarchy)) == GIB // 4
+        (hierarchy / place).unlink()
+    assert local.cgroup_limits(tmp_path / "absent", hierarchy)[0] == hierarchy / "memory.max"
+
+
 @pytest.mark.parametrize(
     ("count", "listed", "indices"),
     [
