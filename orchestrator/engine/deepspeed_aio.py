@@ -114,8 +114,17 @@ def built(name: str) -> bool:
     return (ops_folder() / name / f"{name}.so").exists()
 
 
+def _prebuilt() -> bool:
+    """Whether DeepSpeed was installed with its ops compiled for this kind of machine, as docker/Dockerfile does."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+
+    return accelerator_name == get_accelerator()._name and all(installed_ops.get(name, False) for name in OPS)
+
+
 def load_op(note: Note = lambda line: None) -> Any:
-    """DeepSpeed's async_io module, compiled now where it has not been; `note` is told before and after that.
+    """DeepSpeed's async_io module, compiled now where it was neither installed nor compiled before; `note` is told before and
+    after that.
 
     From then on DeepSpeed itself finds the op loaded.
 
@@ -131,6 +140,8 @@ def load_op(note: Note = lambda line: None) -> Any:
     loaded = AsyncIOBuilder._loaded_ops.get(AsyncIOBuilder.NAME)
     if loaded is not None:
         return loaded
+    if _prebuilt():
+        return AsyncIOBuilder().load(verbose=False)
     folder = ops_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     beside = str(Path(sys.executable).parent)  # ninja lies there, also where the environment was not activated
