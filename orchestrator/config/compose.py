@@ -272,6 +272,25 @@ def compose(
     conf_dir = config_dir or CONF_DIR
     good, stated, misspelt = check_overrides(overrides, conf_dir)
     conf = _composed_beside(good, conf_dir, misspelt)
+    return resolve(conf, stated, misspelt, ranks=ranks, conf_dir=conf_dir, local=local, strict=strict)
+
+
+def resolve(
+    conf: RootConf,
+    stated: frozenset[str],
+    misspelt: Sequence[Fault] = (),
+    *,
+    ranks: int | None = None,
+    conf_dir: Path = CONF_DIR,
+    local: Local | None = None,
+    strict: bool = True,
+) -> spec.RunSpec:
+    """The run that a merged config means, of which the keys and groups `stated` were typed: what `compose` does once Hydra is
+    done.
+
+    Raises:
+        ConfigError: with all faults, those of `misspelt` words first.
+    """
     dimensions = tuple(name for name in DIMENSIONS if f"model.{name}" in stated)
     model, model_faults = resolve_model(conf.model, dimensions, conf_dir)
     single = [*range_faults(conf), *checks.cluster_faults(conf.cluster), *path_faults(conf), *model_faults]

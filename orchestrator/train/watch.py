@@ -1,22 +1,26 @@
 """A rank that no longer moves: found within a time limit, named with its last step and its stack, and the run ended.
 
 Every rank says where it is (`at`), and a thread of its own tells the others through the store at which ranks have met. When a
-rank has not moved for too long, usually all have: they wait for the one that is missing. Each then publishes its stack, and
-the first that still answers judges who it was, speaks and ends; the launcher ends the rest. Against a rank that holds
+rank has not moved for some time, usually all have: they wait for the one that is missing. Each then publishes its stack, and
+when the time is over the first that still answers judges who it was, speaks, ends who no longer answers beside it, and ends;
+the launcher ends the rest. Against a rank that holds
 Python's lock, so that no thread of it runs, faulthandler ends it from a C thread (CPython, Modules/faulthandler.c).
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,14 +43,18 @@ BEATS = 8
 
 BEAT_SECONDS = 10.0
 ANSWERS = 2.5
-"""Beats for which a rank may be silent before it counts as gone."""
+"""Beats before the time limit in which each rank publishes its stack; who is silent in all of them counts as gone."""
 
 SPEAK_SECONDS = 5.0
 GRACE_SECONDS = 30.0
 """After the time limit, until a rank whose threads do not run is ended from outside Python."""
 
+LIBRARIES = ("/torch/", "/deepspeed/")
 WAITING, ENGINE, ELSEWHERE = range(3)
 """Where a stack ends: in a collective, in torch or DeepSpeed, in other code. The rank that others wait for is further on."""
+
+
+WAITED, OTHER = "the others wait for it", "it waits for another collective than the rest"
 
 
 class HungRank(OrchestratorError):
@@ -72,32 +80,41 @@ class State:
         return bool(self.stack)
 
     @property
+    def at(self) -> tuple[int, int, str]:
+        """How far it has come, and the line that called what it waits in: ranks that differ here wait for different
+        collectives."""
+        callers = (entry for entry in reversed(self.stack) if not any(folder in entry for folder in LIBRARIES))
+        return self.step, self.order, next(callers, "")
+
+    @property
     def place(self) -> int:
         """WAITING, ENGINE or ELSEWHERE."""
         inner = self.stack[-1] if self.stack else ""
         if "/torch/distributed/" in inner or "/deepspeed/comm/" in inner:
             return WAITING
-        return ENGINE if "/torch/" in inner or "/deepspeed/" in inner else ELSEWHERE
+        return ENGINE if any(folder in inner for folder in LIBRARIES) else ELSEWHERE
 
 
 def culprits(states: Sequence[State]) -> list[State]:
-    """The ranks that the others wait for: those that do not answer; else those that are elsewhere than the rest; else those
-    that are behind. All of them where none of this tells them apart: then it is the network between them."""
+    """The ranks that the others wait for: those that do not answer; else those that are elsewhere than the rest; else the few
+    that wait for another collective than most. All of them where none of this tells them apart."""
     silent = [state for state in states if not state.answers]
     if silent:
         return silent
     furthest = max(state.place for state in states)
     if any(state.place != furthest for state in states):
         return [state for state in states if state.place == furthest]
-    behind = min((state.step, state.order) for state in states)
-    return [state for state in states if (state.step, state.order) == behind]
+    where = Counter(state.at for state in states)
+    few = min(where.values())
+    return [state for state in states if where[state.at] == few]
 
 
 def verdict(states: Sequence[State], seconds: float, log: Path | None) -> HungRank:
     """What to tell a person: who, where, and the innermost of its stack."""
     guilty = culprits(states)
     more = f"; the stacks of all ranks are in {log}" if log is not None else ""
-    if len(guilty) == len(states) > 1:
+    apart = len({state.at for state in states}) > 1
+    if len(guilty) == len(states) > 1 and not apart:
         problem = f"all {len(states)} ranks wait for each other since {format_seconds(seconds)} in step {states[0].step}"
         return HungRank(Fault("ranks", problem, f"the network between them, or NCCL: set NCCL_DEBUG=INFO{more}"))
     faults = []
@@ -108,7 +125,8 @@ def verdict(states: Sequence[State], seconds: float, log: Path | None) -> HungRa
             remedy = f"the process is stopped or its machine is gone: look at {state.host}{more}"
         else:
             problem = f"has not moved for {format_seconds(seconds)}: {where} (process {state.pid})"
-            remedy = "\n       ".join(["it stands at", *state.stack[-6:]]) + f"\n    -> the others wait for it{more}"
+            remedy = "\n       ".join(["it stands at", *state.stack[-6:]])
+            remedy += f"\n    -> {OTHER if apart and state.place == WAITING else WAITED}{more}"
         faults.append(Fault(f"rank {state.rank} on {state.host}", problem, remedy))
     return HungRank(faults)
 
@@ -155,12 +173,16 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            while not self._closed.wait(self._beat):
+            asked: Mapping[int, tuple[int, State]] | None = None
+            while not self._closed.wait(min(self._beat, max(0.01, self._moved + self._limit() - time.monotonic()))):
                 self._count += 1
-                self._world.store.set(f"beat/{self._world.rank}", json.dumps([self._count, self._state()]))
                 idle = time.monotonic() - self._moved
-                if idle > self._limit():
-                    self._judge(idle)
+                suspects = idle > self._limit() - ANSWERS * self._beat
+                own = self._state(self._stack() if suspects else ())
+                self._world.store.set(f"beat/{self._world.rank}", json.dumps([self._count, own]))
+                asked = (asked or self._beats()) if suspects else None
+                if asked is not None and idle > self._limit():
+                    self._judge(idle, asked)
                     return
         except RuntimeError as error:
             # The store has gone with the process that keeps it; collectives break too, unless this rank is the one that hangs.
@@ -183,25 +205,31 @@ class Watch:
                 found[rank] = (count, State(number, host, pid, step, phase, order, tuple(stack)))
         return found
 
-    def _judge(self, idle: float) -> None:
-        """Gather what all ranks say; the first that answers speaks, and this process ends."""
-        own = json.dumps([self._count + 1, self._state(self._stack())])
-        self._world.store.set(f"beat/{self._world.rank}", own)
-        before = self._beats()
-        self._closed.wait(ANSWERS * self._beat + 1.0)  # the others notice within a beat
+    def _judge(self, idle: float, before: Mapping[int, tuple[int, State]]) -> None:
+        """Gather what all ranks say, and have said `before` this one began to wonder; the first that answers speaks, and this
+        process ends."""
         after = self._beats()
         states = []
         for rank in range(self._world.size):
             count, state = after.get(rank, (0, State(rank, self._world.hosts[rank], 0, 0, "start", 0)))
-            moving = rank in before and count != before[rank][0]
-            states.append(replace(state, stack=("it goes on",)) if moving and not state.answers else state)
+            silent = count == (before[rank][0] if rank in before else 0)
+            states.append(replace(state, stack=() if silent else state.stack or ("it goes on",)))
         speaker = min((state.rank for state in states if state.answers), default=self._world.rank)
         for state in states:
             LOG.error("rank %d, step %d, %s:\n%s", state.rank, state.step, state.phase, "\n".join(state.stack))
         self._keep_collectives()
         if speaker != self._world.rank:
             time.sleep(SPEAK_SECONDS)
-        failure.abandon(verdict(states, idle, self._log) if speaker == self._world.rank else None, self._log)
+            failure.abandon(None, self._log)
+        self._end([state for state in states if not state.answers])
+        failure.abandon(verdict(states, idle, self._log), self._log)
+
+    def _end(self, silent: Sequence[State]) -> None:
+        """End the processes on this machine that no longer answer: a stopped one would not hear the launcher's signal."""
+        for state in silent:
+            if state.host == self._world.host and state.pid not in (0, os.getpid()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(state.pid, signal.SIGKILL)
 
     def _keep_collectives(self) -> None:
         """Write NCCL's flight recorder beside the log, where torch has one: `torchfrtrace` reads the files of all ranks."""

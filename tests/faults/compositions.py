@@ -1,6 +1,6 @@
 """Compose what nobody planned: random groups, choices, keys and values, through the entry of the launch scripts.
 
-    python tests/faults/compositions.py [--cases 5000] [--seed 0] [--json FILE]
+    python tests/faults/compositions.py [--cases 5000] [--seed 0] [--processes 1] [--minutes 600] [--json FILE]
 
 Words are drawn from the schema and from conf/ themselves, so that a new key or choice joins by itself: valid choices beside
 misspelt ones, boundaries beside wrong types and absurd numbers. Each composition must end as a plan or as one error of the
@@ -20,7 +20,7 @@ import typing
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
-from multiprocessing import get_context
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -72,6 +72,9 @@ ODD = (
 """What is no key=value of this project."""
 
 RANKS = (None, 1, 1, 2, 2, 4, 3, 8)
+CHUNK = 100
+"""Cases of one seed."""
+
 FEW = 4
 """At most so many keys beside the groups."""
 
@@ -219,10 +222,15 @@ def sweep(cases: int, begin: int) -> dict[str, Any]:
     return {"ends": dict(ends), "broken": broken, "slowest": slowest}
 
 
-def sweeps(cases: int, begin: int, processes: int) -> dict[str, Any]:
-    """What `processes` sweeps of other seeds found together."""
+def sweeps(cases: int, begin: int, processes: int, minutes: float) -> dict[str, Any]:
+    """What sweeps of CHUNK cases, each of a seed of its own, found together; after `minutes` what was found until then."""
+    found: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 60 * minutes
     with get_context("fork").Pool(processes) as pool:
-        found = pool.starmap(sweep, [(-(-cases // processes), begin + number) for number in range(processes)])
+        parts = [pool.apply_async(sweep, (min(CHUNK, cases - first), begin + first)) for first in range(0, cases, CHUNK)]
+        for part in parts:
+            with contextlib.suppress(TimeoutError):
+                found.append(part.get(max(0.0, deadline - time.monotonic())))
     ends: Counter[str] = sum((Counter(each["ends"]) for each in found), Counter())
     seconds, words = max(each["slowest"] for each in found)
     return {
@@ -231,7 +239,7 @@ def sweeps(cases: int, begin: int, processes: int) -> dict[str, Any]:
         "refused": sum(count for kind, count in ends.items() if kind.startswith("refused")),
         "ends": dict(ends.most_common()),
         "broken": {kind: case for each in found for kind, case in each["broken"].items()},
-        "seeds": [begin, begin + processes - 1],
+        "seed": begin,
         "keys": len(keys()),
         "choices": sum(map(len, groups().values())),
         "slowest": {"seconds": seconds, "words": words},
@@ -243,9 +251,10 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    result = sweeps(asked.cases, asked.seed, asked.processes)
+    result = sweeps(asked.cases, asked.seed, asked.processes, asked.minutes)
     record(result, asked.json)
     return 1 if result["broken"] else 0
 

@@ -65,3 +65,16 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_lost(boundary):
 def test_any_composition_is_a_plan_or_a_clear_refusal():
     found = run("compositions.py", "--cases", "60")
     assert found["broken"] == {} and found["valid"] > 5 and found["valid"] + found["refused"] == found["cases"] == 60
+
+
+def test_a_rank_that_stops_the_others_is_named_and_the_run_ends():
+    found = run("hangs.py", "--seconds", "6", "--ranks", "3")["cases"]
+    assert {case["kind"] for case in found} == {"stop", "sleep", "skip", "raise", "no data"}
+    for case in found:  # a busy machine may be late; `make faults` holds them to two seconds
+        assert case["named"] and not case["others_named"] and not case["orphans"] and case["seconds"] < 30, case
+
+
+@pytest.mark.slow
+def test_what_the_checks_call_valid_trains():
+    found = run("pairs.py", "--only", "6")
+    assert found["wrong"] == [] and found["trained"] == 6

@@ -1,4 +1,4 @@
-"""A real run whose rank 1 hangs at its third step as HANG says: sleep, stop (SIGSTOP), lock (holds Python's lock)."""
+"""A real run whose rank 1 hangs at its third step as HANG says: stop (SIGSTOP), lock (holds Python's lock)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import runpy
 import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +15,6 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.train.loop import Loop  # noqa: E402 - the clone goes on the path first
 
 HANGS = {
-    "sleep": lambda: time.sleep(3600),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "lock": lambda: ctypes.PyDLL(None).sleep(3600),  # PyDLL keeps the lock during the call
 }
