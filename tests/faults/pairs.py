@@ -2,8 +2,8 @@
 
     python tests/faults/pairs.py [--least 100] [--only N] [--processes 2] [--json FILE]
 
-Groups and the options of keys are read from conf/ and the schema. A greedy search (Cohen et al., The AETG system, 1997) adds the
-composition that covers most pairs that are still open; a pair that is refused in every attempt is impossible. Each one is a
+Groups and the options of keys are read from conf/ and the schema. A greedy search (Cohen et al., The AETG system, 1997) adds
+the composition that covers most pairs that are still open; a pair that is refused in every attempt is impossible. Each one is a
 whole run as `launch/train.py` makes it, on one or two ranks that are forks of one process: census against layout, two steps,
 a checkpoint.
 """

@@ -1,5 +1,5 @@
-"""A rank that hangs is named with its step and its stack, the others end, and no process is left. tests/faults/hangs.py has more
-ways to hang, without a launcher."""
+"""A rank that hangs is named with its step and its stack, the others end, and no process is left. tests/faults/hangs.py has
+more ways to hang, without a launcher."""
 
 from __future__ import annotations
 
