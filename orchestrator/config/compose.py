@@ -136,7 +136,7 @@ def _home(path: str | None) -> str | None:
 
 def _tuning(conf: TuningConf, shape: spec.ModelShape | None) -> spec.Tuning:
     quant = checks.quant_of(conf)
-    packed = {"quant": quant, "double_quant": conf.double_quant and quant == Quant.nf4.value}
+    packed: dict[str, Any] = {"quant": quant, "double_quant": conf.double_quant and quant == Quant.nf4.value}
     if conf.kind in (TuningKind.full, TuningKind.head):
         return spec.Tuning(conf.kind.value, untie=checks.untied(conf), **(packed if quant else {}))
     targets = spec.expand_targets(checks.target_names(conf) or ())
