@@ -3,13 +3,14 @@
     python -m venv build/peers
     build/peers/bin/pip install -c benchmarks/peers/constraints.txt torch
     build/peers/bin/pip install -c benchmarks/peers/constraints.txt trl transformers accelerate datasets
-    python benchmarks/peers.py padded|packed|start [--rounds 7] [--python build/peers/bin/python]
+    python benchmarks/peers.py padded|packed|start|data [--rounds 7] [--megabytes 200] [--python build/peers/bin/python]
 
 All train a Llama of 27 M parameters from random weights, in fp32, on two ranks over gloo, on ../shared/data/alpaca_en_demo.json
 as prompt and completion, learning the completion, with one global batch and one longest row. `padded`: SFTTrainer and Trainer
 as near to each other and to us as they go (no gradient checkpointing), and SFTTrainer as it comes; `packed`: SFTTrainer and
-ours with packing; `start`: each from its command to the end of its first step, in a process of its own, in turns.
-In the first two all jobs are alive together and take their steps one after the other (peers/turns.py).
+ours with packing; `start`: each from its command to the end of its first step, in a process of its own, in turns; `data`: a
+file of that size tokenised and packed into rows of 2,048 by two processes (peers/prepare.py), in turns. In the first two all
+jobs are alive together and take their steps one after the other (peers/turns.py).
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def started(rounds: int, python: str, scratch: Path) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=scratch) as own:
                 folder = Path(own) / "run"
                 if name == "ours":
-                    words = our_words("start", rows, folder, 1, ())
+                    words = our_words("start", rows, folder, 1, ("fsdp=full_shard",))
                     command = torchrun(sys.executable, 29650, str(ROOT / "launch" / "train.py"), *words)
                 else:
                     told = json.dumps(their_options("start", name, drawn, folder, 1))
@@ -197,12 +198,37 @@ def started(rounds: int, python: str, scratch: Path) -> dict[str, Any]:
     return {"ratios": ratios}
 
 
+def prepared(rounds: int, python: str, megabytes: int, scratch: Path) -> dict[str, Any]:
+    """Ratios of tokens a second from a file of texts to packed rows."""
+    from preparation import write
+
+    path, found = scratch / "rows.jsonl", {"ours": [], "trl": []}
+    write(path, megabytes * 1_000_000, "text")
+    for turn in range(rounds):
+        for name, kept in found.items():
+            with tempfile.TemporaryDirectory(dir=scratch) as cache:
+                words = (name, str(path), str(SHARED / "tokenizer"), "2048", str(RANKS), cache)
+                command = [sys.executable if name == "ours" else python, str(PEERS / "prepare.py"), *words]
+                shown = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+            if shown.returncode:
+                sys.exit(shown.stderr[-3000:])
+            kept.append(json.loads(shown.stdout.splitlines()[-1]))
+            print(f"data {turn + 1}/{rounds} {name}: {kept[-1]}", flush=True)
+    ratios = {
+        f"tokens_a_{clock}_second": account.ratio(*([run["tokens"] / run[clock] for run in runs] for runs in found.values()))
+        for clock in ("cpu", "wall")
+    }
+    last = {name: runs[-1] for name, runs in found.items()}
+    return {"ratios": {"ours ÷ trl": ratios}, "file_bytes": path.stat().st_size, "last": last}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=tuple(BATCHES))
+    parser.add_argument("kind", choices=(*BATCHES, "data"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--megabytes", type=int, default=200, help="of the file of `data`")
     parser.add_argument("--python", default=str(ROOT / "build" / "peers" / "bin" / "python"), help="of the peers' environment")
-    parser.add_argument("--ours", nargs="*", default=[""], metavar="WORDS", help="our strategies, each of them a competitor")
+    parser.add_argument("--ours", nargs="*", default=["fsdp=full_shard"], metavar="WORDS", help="our strategies, each a job")
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/peers-KIND-cpu.json")
     asked = parser.parse_args()
     if not Path(asked.python).exists() or not SHARED.exists():
@@ -211,6 +237,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if asked.kind == "start":
             results = started(asked.rounds, asked.python, Path(folder))
+        elif asked.kind == "data":
+            results = prepared(asked.rounds, asked.python, asked.megabytes, Path(folder))
         else:
             results = compared(in_turns(asked.kind, asked.rounds, asked.python, asked.ours, Path(folder)))
     for name, found in results["ratios"].items():
@@ -222,7 +250,9 @@ def main() -> int:
         peers = (PEERS / "constraints.txt").read_text(encoding="utf-8").split("\n")
         packages = account.versions("torch", "deepspeed", "transformers")
         packages |= {f"peers {line.partition('==')[0]}": line.partition("==")[2] for line in peers if "==" in line}
-        account.write(f"peers-{asked.kind}-cpu", f"python benchmarks/peers.py {asked.kind} --json", packages, results)
+        size = f" --megabytes {asked.megabytes}" if asked.kind == "data" else ""
+        command = f"python benchmarks/peers.py {asked.kind} --rounds {asked.rounds}{size} --json"
+        account.write(f"peers-{asked.kind}-cpu", command, packages, results)
     return 0
 
 

@@ -33,8 +33,10 @@ def main(options: dict[str, Any], words: list[str]) -> None:
         turns.begin()
         for batch in ours(*arguments, **named):
             yield batch
-            own = sum(int((micro.labels[:, 1:] != IGNORED).sum()) for micro in batch.micro_batches)
-            turns.border(own, sum(micro.input_ids.numel() for micro in batch.micro_batches))
+            # Ranks of one tensor-parallel group work on the same samples: the first counts them.
+            mine = batch.micro_batches if world.rank % prelude.spec.strategy.tp == 0 else ()
+            own = sum(int((micro.labels[:, 1:] != IGNORED).sum()) for micro in mine)
+            turns.border(own, sum(micro.input_ids.numel() for micro in mine))
 
     data.steps = stepping
     Run(prelude.spec, world).execute()
