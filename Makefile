@@ -7,7 +7,7 @@ CHECK  := $(VENV)/.ready-check
 RANKS  ?= 2
 export HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test check bench sweep faults oracle gpu-wheels clean
+.PHONY: demo test check bench bench-peers sweep faults oracle gpu-wheels clean
 
 # The main job on the built-in sample: ZeRO-3 with CPU offload on two ranks, on GPUs where there are some.
 demo: $(READY)
@@ -26,9 +26,23 @@ check: $(CHECK)
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: $(READY)
+# Every ratio of docs/performance.md that needs no card, in about an hour of two idle cores.
+bench: $(READY) bench-peers
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/preparation.py
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/scaling.py
+	mkdir -p build
+	$(BIN)/python benchmarks/nvme.py build > benchmarks/results/nvme.md
+
+# TRL and transformers have an environment of their own; these four need ../shared.
+PEERS := build/peers/bin/python
+bench-peers: $(READY)
+	test -x $(PEERS) || $(PYTHON) -m venv build/peers
+	$(PEERS) -m pip install -q -c benchmarks/peers/constraints.txt torch
+	$(PEERS) -m pip install -q -c benchmarks/peers/constraints.txt trl transformers accelerate datasets
+	for what in padded packed start data; do $(BIN)/python benchmarks/peers.py $$what --python $(PEERS) --json || exit 1; done
 
 # The sweeps that are too long for every change.
 sweep: $(READY)

@@ -51,7 +51,7 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
         "trl as it comes": {"kind": "trl"},
     },
     "packed": {"trl": {"kind": "trl", "packing": True, "arguments": PLAIN}},
-    "start": {"trl": {"kind": "trl", "arguments": PLAIN}, "transformers": {"kind": "hf"}},
+    "start": {"trl": {"kind": "trl", "arguments": PLAIN}},
 }
 OURS = {"padded": (), "packed": ("data.packing=best_fit",), "start": ()}
 
@@ -168,22 +168,46 @@ def compared(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return {"ratios": results, "totals": totals}
 
 
+def until(command: Sequence[str], told: dict[str, str], mark: Path, log: Path) -> account.Cost:
+    """What a job and all its processes have taken when it leaves `mark`; it is ended there."""
+    import psutil
+
+    began = time.perf_counter()
+    with log.open("wb") as output:
+        job = subprocess.Popen(command, env=told, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while not mark.exists() or not mark.stat().st_size:
+            if job.poll() is not None:
+                sys.exit(log.read_text(errors="replace")[-3000:])
+            time.sleep(0.02)
+        wall = time.perf_counter() - began
+        every = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+        return account.Cost(sum(sum(process.cpu_times()[:4]) for process in every), wall)
+    finally:
+        for process in psutil.Process(job.pid).children(recursive=True) if job.poll() is None else ():
+            process.kill()
+        job.kill()
+        job.wait()
+
+
 def started(rounds: int, python: str, scratch: Path) -> dict[str, Any]:
-    """Ratios of the cost of a whole job of one step, from its command on; the data are prepared anew each time."""
+    """Ratios of the cost from a job's command to the end of its first step; the data are prepared anew each time."""
     rows, drawn = write_rows(scratch)
     costs: dict[str, list[account.Cost]] = {"ours": [], **{name: [] for name in THEIRS["start"]}}
     for turn in range(rounds):
         for name, kept in costs.items():
-            with tempfile.TemporaryDirectory(dir=scratch) as own:
+            with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as own:
                 folder = Path(own) / "run"
+                folder.mkdir()
                 if name == "ours":
-                    words = our_words("start", rows, folder, 1, ("fsdp=full_shard",))
+                    words = our_words("start", rows, folder, 2, ())
                     command = torchrun(sys.executable, 29650, str(ROOT / "launch" / "train.py"), *words)
                 else:
-                    told = json.dumps(their_options("start", name, drawn, folder, 1))
+                    told = json.dumps(their_options("start", name, drawn, folder, 2))
                     command = torchrun(python, 29650, str(PEERS / "theirs.py"), told)
-                cache = {"HF_DATASETS_CACHE": str(Path(own) / "hf")}
-                kept.append(account.timed(command, {**environment(), **cache}, scratch / f"{name}.log"))
+                cache = {"HF_DATASETS_CACHE": str(Path(own) / "hf"), "XDG_CACHE_HOME": str(Path(own) / "cache")}
+                mark = folder / ("metrics.jsonl" if name == "ours" else "first")
+                kept.append(until(command, {**environment(), **cache}, mark, scratch / f"{name}.log"))
                 print(
                     f"start {turn + 1}/{rounds} {name}: processor {kept[-1].cpu:.1f} s, clock {kept[-1].wall:.1f} s", flush=True
                 )
@@ -228,7 +252,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--megabytes", type=int, default=200, help="of the file of `data`")
     parser.add_argument("--python", default=str(ROOT / "build" / "peers" / "bin" / "python"), help="of the peers' environment")
-    parser.add_argument("--ours", nargs="*", default=["fsdp=full_shard"], metavar="WORDS", help="our strategies, each a job")
+    parser.add_argument("--ours", nargs="*", default=[""], metavar="WORDS", help="our strategies, each a job; '' chooses")
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/peers-KIND-cpu.json")
     asked = parser.parse_args()
     if not Path(asked.python).exists() or not SHARED.exists():

@@ -20,13 +20,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import account  # noqa: E402
 
-REHEARSED = ("model=llama3_8b", "cluster=4xa10", "fsdp=full_shard", "tuning=lora", "data.seq_len=512")
+REHEARSED = ("model=tiny", "cluster=4xa10", "fsdp=full_shard", "data.seq_len=128")
 COMMANDS = {
     "python -c pass": ("-c", "pass"),
     "python -c 'import torch'": ("-c", "import torch"),
     "launch/train.py --help": ("launch/train.py", "--help"),
     "launch/train.py --cfg job": ("launch/train.py", "--cfg", "job"),
-    "launch/plan.py, from the layout": ("launch/plan.py", *REHEARSED, "basis=layout"),
     "launch/plan.py, a cached rehearsal": ("launch/plan.py", *REHEARSED, "basis=rehearsal"),
 }
 BASE = "python -c 'import torch'"

@@ -4,7 +4,8 @@ The rows are taken in the order of the file, which is the order in which our run
 
     torchrun --nproc-per-node=2 theirs.py '{"kind": "trl" or "hf", "rows": FILE, "shape": {…}, …}'
 
-With "turns" in the options it takes its steps in turns with other jobs (turns.py); else it ends after "steps" steps.
+With "turns" in the options it takes its steps in turns with other jobs (turns.py); else it leaves the file OUT/first when the
+first is done.
 """
 
 from __future__ import annotations
@@ -87,6 +88,13 @@ def main(options: dict[str, Any]) -> None:
                 counted.update(labels=0, tokens=0)
 
         callbacks.append(Borders())
+    else:
+
+        class FirstStep(TrainerCallback):
+            def on_step_end(self, *unused: Any, **named: Any) -> None:
+                (Path(options["out"]) / "first").write_text("done")
+
+        callbacks.append(FirstStep())
     if options["kind"] == "trl":
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
