@@ -1,7 +1,8 @@
-"""Compare strategies: `python launch/compare.py model=qwen_7b cluster=4xa10 tuning=lora [basis=auto] [out=plans]`.
+"""Compare strategies: `python launch/compare.py model=qwen_7b cluster=4xa10 tuning=lora [basis=layout] [out=plans]`.
 
-`key=a,b` crosses choices; without zero or fsdp every strategy is planned. `basis=auto` rehearses
-them, as many as `within=105` seconds allow. Writes a picture and a page into `out`.
+`key=a,b` crosses choices; without zero or fsdp every strategy is planned. Those that nearly fill the
+card are rehearsed, within `within=105` seconds; `basis=layout` answers at once, `basis=rehearsal`
+rehearses all that could fit. Writes a picture and a page into `out`.
 `runs=runs/a,runs/b` instead sets what finished runs held on every card beside what was predicted."""
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ def compare_runs(paths: list[str], out: Path) -> int:
 def compare(overrides: list[str]) -> int:
     """Plan all, print one table, write the picture and the page; exit code 0 if something fits, 3 if nothing does."""
     from orchestrator.errors import MisfitError
-    from orchestrator.planner.plan import LAYOUT
-    from orchestrator.planner.planning import BASES, WITHIN, compare
+    from orchestrator.planner.planning import AUTO, BASES, WITHIN, compare
     from orchestrator.report import plan_page, plan_picture, plans
     from orchestrator.report.arguments import choices, positive
     from orchestrator.report.progress import progress
 
     options = {"format": ("text", "json"), "basis": BASES, "within": (), "out": (), "runs": ()}
-    usual = {"format": "text", "basis": LAYOUT, "within": f"{WITHIN:.0f}", "out": "plans", "runs": ""}
+    usual = {"format": "text", "basis": AUTO, "within": f"{WITHIN:.0f}", "out": "plans", "runs": ""}
     values, rest = choices(overrides, options, usual)
     if values["runs"]:
         return compare_runs(values["runs"].split(","), Path(values["out"]).expanduser())
@@ -47,7 +47,7 @@ def compare(overrides: list[str]) -> int:
     if values["format"] == "json":
         print(json.dumps([plan.to_json() for plan in made], indent=2))
     else:
-        plans.show(plans.many(made))
+        plans.show(plans.many(made, plans.width()))
         folder = Path(values["out"]).expanduser()
         picture = plan_picture.draw(made, title, folder / "compare.png")
         page = plan_page.write(made, title, folder / "compare.html")

@@ -36,7 +36,7 @@ PATIENCE = 120.0
 """Seconds that a rehearsal may take: where it was asked for, and under basis "auto"."""
 
 WITHIN = 105.0
-"""Seconds after which `compare` starts no more rehearsals and ends those that run, unless it is told otherwise."""
+"""Seconds after which `compare` under basis "auto" starts no more rehearsals and ends those that run, unless told otherwise."""
 
 SHORTEST_START = 3.0
 """Seconds below which none is started."""
@@ -140,15 +140,16 @@ def crossed(overrides: Sequence[str]) -> tuple[Candidate, ...]:
 def compare(
     overrides: Sequence[str],
     *,
-    basis: str = LAYOUT,
+    basis: str = AUTO,
     within: float = WITHIN,
     cached: bool = True,
     progress: Progress = lambda done, total, words: None,
 ) -> list[Plan]:
     """The Plans of every strategy, or of the crossed groups, those that fit first, each part from the fastest to the slowest.
 
-    Each Plan says what it rests on. Under basis "auto" all that the Layout does not show to be hopeless are rehearsed, the
-    doubtful first and then the fastest, as long as `within` seconds are not over; "rehearsal" takes the time that it needs.
+    Each Plan says what it rests on. Under basis "auto" those are rehearsed that may fit or not within the Layout's error, the
+    fastest first, as long as `within` seconds are not over; under "rehearsal" all that it does not show to be hopeless, in the
+    time that it takes.
 
     Raises:
         ConfigError: with all faults.
@@ -156,7 +157,8 @@ def compare(
     every = crossed(overrides)
     plans = [by_layout(candidate.spec) for candidate in every]
     names = [store.key(candidate.spec, REHEARSED) for candidate in every]
-    open_ = [] if basis == LAYOUT else [number for number, made in enumerate(plans) if not _hopeless(made)]
+    asked = {LAYOUT: lambda made: False, AUTO: _doubtful, REHEARSAL: lambda made: not _hopeless(made)}[basis]
+    open_ = [number for number, made in enumerate(plans) if asked(made)]
     found = store.recall([names[number] for number in open_]) if cached else {}
     for number in open_:
         plans[number] = found.get(names[number], plans[number])

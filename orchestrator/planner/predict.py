@@ -17,7 +17,7 @@ from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Ro
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
 from orchestrator.planner.roofline import COMPUTE, StepTime, step_time
 from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard, divided_table
-from orchestrator.units import MIB, align_up
+from orchestrator.units import MIB, align_up, format_bytes
 
 LARGE_BLOCK = 2 * MIB
 """Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
@@ -103,6 +103,9 @@ def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
         notes.append(f"no step time: the rates of the card {spec.cluster.card.name} are not known")
     if spec.cluster.card.name != device.CPU and not spec.cluster.host_bytes:
         notes.append("host memory is not held against a limit: cluster.host_gib states it")
+    elif spec.cluster.card.name != device.CPU and spec.cluster.name != "local":
+        host = format_bytes(spec.cluster.host_bytes)
+        notes.append(f"{host} of host memory, as machines like {spec.cluster.name} have: cluster.host_gib states another")
     if spec.strategy.nvme is not None:
         if time is not None and not spec.cluster.nvme_gb_per_s:
             rate = f"NVMe at {device.NVME_GB_PER_S:.1f} GB/s for each machine assumed"

@@ -9,11 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.ledger import PHASES
-from orchestrator.planner.plan import FITS, MARGIN, SHORT, Plan
+from orchestrator.planner.plan import FITS, MARGIN, REHEARSAL, SHORT, Plan
 from orchestrator.units import GIB, format_bytes, format_count, format_seconds
 
 SMALL = 1 / 200
 """Lines below this share of the card are shown together."""
+
+WIDE = 240
+"""Characters in a line where the output is not a terminal."""
 
 COLOURS = {FITS: "green", "tight": "yellow", SHORT: "red"}
 
@@ -124,30 +127,58 @@ def one(plan: Plan) -> RenderableType:
     return Group(*parts)
 
 
-def many(plans: Sequence[Plan]) -> RenderableType:
-    """One line for each plan: what it needs of what, how long a step takes, and whether it fits."""
-    extra = columns_that_differ(plans)
-    time = any(plan.time is not None for plan in plans)
-    headers = ["strategy", *extra, "card GiB", "of", "at rest", "activations", "logits", "other", "host GiB"]
-    headers += ["step", "tokens/s"] if time else []
-    table = _plain_table(*headers, "basis", "verdict")
-    for plan in plans:
-        rest, live, logits, other = split(plan)
-        cells = [plan.words, *(str(getattr(plan, field)) for field in extra)]
-        cells += [
-            gib(plan.memory.used),
-            gib(plan.memory.limit),
-            gib(rest),
-            gib(live),
-            gib(logits),
-            gib(other),
-            gib(plan.host.need),
-        ]
-        if time:
-            cells.append(format_seconds(plan.seconds) if plan.seconds is not None else "-")
-            cells.append(format_count(round(plan.tokens_per_second)) if plan.tokens_per_second else "-")
-        table.add_row(*cells, plan.basis, verdict(plan))
-    return table
+DROPPED = ("other", "logits", "activations", "at rest", "tokens/s", "of", "host GiB")
+"""Columns of the table of many plans that go first where it is too wide, in this order."""
+
+GAP = 2
+
+
+def many(plans: Sequence[Plan], width: int = WIDE) -> RenderableType:
+    """One line for each plan: what it needs of what, how long a step takes, and whether it fits; below, what all share. Columns
+    that do not go into `width` characters are left out, the least telling first."""
+    columns = _columns(plans)
+    bases = {plan.basis for plan in plans}
+    limits = {plan.memory.limit for plan in plans}
+    if len(bases) == 1:
+        del columns["basis"]
+    if len(limits) == 1:
+        del columns["of"]
+    for name in DROPPED:
+        if sum(max(map(len, map(str, (name, *cells)))) + GAP for name, cells in columns.items()) - GAP <= width:
+            break
+        columns.pop(name, None)
+    table = _plain_table(*columns)
+    table.columns[0].no_wrap = False  # long names take two lines where even these columns are too many
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    said = f"{sum(plan.fits for plan in plans)} of {len(plans)} fit"
+    if len(limits) == 1:
+        said += f" {'the card' if plans[0].card != 'cpu' else 'the memory'} of {format_bytes(*limits)}"
+    return Group(table, Text(f"\n{said}; predicted {_bases(plans)}"))
+
+
+def _bases(plans: Sequence[Plan]) -> str:
+    rehearsed = sum(plan.basis == REHEARSAL for plan in plans)
+    if rehearsed in (0, len(plans)):
+        return f"from the {plans[0].basis}"
+    return f"from the layout, {rehearsed} nearest to the limit by rehearsal"
+
+
+def _columns(plans: Sequence[Plan]) -> dict[str, list[str | Text]]:
+    """The cells below each header."""
+    parts = [split(plan) for plan in plans]
+    found: dict[str, list[str | Text]] = {"strategy": [plan.words for plan in plans]}
+    found |= {field: [str(getattr(plan, field)) for plan in plans] for field in columns_that_differ(plans)}
+    found["card GiB"] = [gib(plan.memory.used) for plan in plans]
+    found["of"] = [gib(plan.memory.limit) for plan in plans]
+    names = ("at rest", "activations", "logits", "other")
+    found |= {name: [gib(part[index]) for part in parts] for index, name in enumerate(names)}
+    found["host GiB"] = [gib(plan.host.need) for plan in plans]
+    if any(plan.time is not None for plan in plans):
+        found["step"] = [format_seconds(plan.seconds) if plan.seconds is not None else "-" for plan in plans]
+        rates = [plan.tokens_per_second for plan in plans]
+        found["tokens/s"] = [format_count(round(rate)) if rate else "-" for rate in rates]
+    return found | {"basis": [plan.basis for plan in plans], "verdict": [verdict(plan) for plan in plans]}
 
 
 RESTING = ("frozen", "weights", "adapters", "persistent", "master", "moments", "gradients")
@@ -165,9 +196,15 @@ def split(plan: Plan) -> tuple[int, int, int, int]:
     return rest, live, logits, plan.memory.used - rest - live - logits
 
 
+def width() -> int:
+    """Characters that go into a line of the output."""
+    console = Console()
+    return console.width if console.is_terminal else WIDE
+
+
 def show(what: RenderableType, console: Console | None = None) -> None:
     """Print as wide as needed where the output is not a terminal."""
     console = console or Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=240)
+        console = Console(file=console.file, width=WIDE)
     console.print(what, highlight=False)

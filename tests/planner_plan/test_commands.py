@@ -41,11 +41,12 @@ def test_json_is_alone_on_stdout(tmp_path):
 
 
 def test_compare_writes_a_table_a_picture_and_a_page(tmp_path):
-    done = call("compare.py", *LORA, "out=here", cwd=tmp_path)
+    done = call("compare.py", *LORA, "out=here", "basis=layout", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert sum(line.startswith(("zero=", "fsdp=")) for line in done.stdout.splitlines()) >= 24
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"compare.png", "compare.html"}
-    crossed = call("compare.py", "model=qwen25_14b", "tuning=lora", "cluster=1xt4,4xa10", "format=json", cwd=tmp_path)
+    crossing = ["model=qwen25_14b", "tuning=lora", "cluster=1xt4,4xa10", "basis=layout", "format=json"]
+    crossed = call("compare.py", *crossing, cwd=tmp_path)
     assert {made["cluster"] for made in json.loads(crossed.stdout)} == {"1xt4", "4xa10"}
 
 

@@ -35,7 +35,7 @@ document.body.dataset.tip = document.getElementById('tip').innerText.replaceAll(
 
 @pytest.fixture(scope="module")
 def some() -> list[Plan]:
-    return orchestrator.compare(["model=llama3_8b", "cluster=4xa10", "tuning=lora,full", "data.seq_len=2048"])
+    return orchestrator.compare(["model=llama3_8b", "cluster=4xa10", "tuning=lora,full", "data.seq_len=2048"], basis="layout")
 
 
 def text_of(what) -> str:
@@ -46,9 +46,26 @@ def text_of(what) -> str:
 
 def test_the_table_has_a_line_for_each_plan(some):
     text = text_of(plans.many(some))
-    assert len(text.splitlines()) == len(some) + 1
+    assert len(text.splitlines()) == len(some) + 3
+    assert text.splitlines()[-1].startswith(f"{sum(plan.fits for plan in some)} of {len(some)} fit the card of 22.49 GiB")
     assert "tuning" in text.splitlines()[0] and "cluster" not in text.splitlines()[0]
     assert "fits" in text and "GiB short" in text
+
+
+@pytest.mark.parametrize(("width", "kept"), [(80, "step"), (100, "at rest"), (120, "logits")])
+def test_a_narrow_terminal_shows_what_tells_most(some, width, kept):
+    file = io.StringIO()
+    Console(file=file, width=width).print(plans.many([plan for plan in some if plan.tuning == "full"], width))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and "…" not in file.getvalue()
+    assert kept in lines[0] and "card GiB" in lines[0] and "verdict" in lines[0]
+
+
+def test_rows_say_what_they_rest_on_where_they_differ(some):
+    mixed = [replace(some[0], basis="rehearsal"), some[1]]
+    text = text_of(plans.many(mixed))
+    assert "basis" in text.splitlines()[0] and "1 nearest to the limit by rehearsal" in text
+    assert "basis" not in text_of(plans.many(some)).splitlines()[0]
 
 
 def test_one_plan_is_shown_by_phase_and_line(some):
