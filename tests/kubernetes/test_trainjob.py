@@ -19,6 +19,8 @@ from ranks import free_port
 
 from orchestrator.config import compose, compose_job
 from orchestrator.errors import ConfigError
+from orchestrator.jobs import kubernetes
+from orchestrator.jobs.planned import plan
 from orchestrator.spec import Kubernetes, RunSpec, digest, from_json
 from orchestrator.train import submission
 from orchestrator.train.folder import RunFolder
@@ -42,10 +44,9 @@ printf "%s\n" "$@" >> said
 EVIL = '/shared/it\'s "a" $(HOME) $$ `id` {{x}} %s: #'
 
 
-def type_submit(cwd: Path, *words: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": path or os.environ["PATH"], "XDG_CACHE_HOME": str(cwd / ".cache")}
+def type_submit(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, LAUNCH / "submit.py", *words]
-    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=240)
 
 
 def expanded(argument: str, variables: dict[str, str]) -> str:
@@ -106,31 +107,35 @@ def test_a_run_is_planned_with_the_memory_of_its_pod():
     assert isinstance(job, Kubernetes) and spec.cluster.host_bytes == 4 * 2**30 == 2 * spec.cluster.card.memory_bytes
 
 
-def test_what_is_submitted_is_what_kubectl_is_given_and_its_refusal_is_told(tmp_path):
-    words = ("kubernetes=cpu", "zero=stage2", "kubernetes.name=one")
-    done = type_submit(tmp_path, *words, path="/nonexistent")
-    assert done.returncode == 2 and "there is no kubectl on this machine" in done.stderr
-    (tmp_path / "runs/one/job/trainjob.yaml").unlink()
+def test_what_is_submitted_is_what_kubectl_is_given_and_its_refusal_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = (plan(["kubernetes=cpu", "zero=stage2", f"kubernetes.name={name}"]) for name in ("one", "two"))
+    file = tmp_path / "runs/one/job/trainjob.yaml"
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match="there is no kubectl on this machine"):
+        kubernetes.create(one)
+    file.unlink()
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     kubectl.write_text(KUBECTL)
     kubectl.chmod(0o755)
-    path = f"{kubectl.parent}:/usr/bin:/bin"
-    done = type_submit(tmp_path, *words, path=path)
-    assert done.returncode == 0 and "job      one" in done.stdout, done.stderr
+    monkeypatch.setenv("PATH", f"{kubectl.parent}:/usr/bin:/bin")
+    made = kubernetes.create(one)
+    assert (made.name, made.command) == ("one", "kubectl create -f runs/one/job/trainjob.yaml")
     assert (tmp_path / "said").read_text().split() == ["create", "-f", "runs/one/job/trainjob.yaml"]
-    assert "TrainJob" in (tmp_path / "runs/one/job/trainjob.yaml").read_text()
-    assert "is that of an earlier job" in type_submit(tmp_path, *words, path=path).stderr
-    done = type_submit(tmp_path, *words[:2], "kubernetes.name=two", path=path)
-    assert done.returncode == 2 and "kubectl refuses: no such kind" in done.stderr and "kubectl delete -f" in done.stderr
+    assert "kind: TrainJob" in file.read_text()
+    with pytest.raises(ConfigError, match="is that of an earlier job"):
+        kubernetes.create(one)
+    with pytest.raises(ConfigError, match=r"kubectl refuses: no such kind(.|\n)*kubectl delete -f"):
+        kubernetes.create(two)
 
 
 class Pod:
     """What the container of a pod runs, with the variables that Trainer's torch plugin gives it."""
 
-    def __init__(self, folder: Path, *words: str, ranks: int = 2) -> None:
+    def __init__(self, folder: Path, *words: str, ranks: int = 1) -> None:
         self.run = RunFolder(folder / "run")
-        spec = compose([*SMALL, "fsdp=full_shard", f"run.dir={self.run.path}", *words], ranks=ranks)
+        spec = compose([*SMALL, f"run.dir={self.run.path}", *words], ranks=ranks)
         self._spec = submission.save(RunFolder(folder / "config"), spec, {"words": ""})
         self._variables = {
             **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
