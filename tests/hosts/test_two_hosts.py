@@ -16,7 +16,7 @@ WORDS = (
     TRAIN, "zero=stage2", "model=tiny", "model.hidden_size=32", "model.head_dim=8", "model.intermediate_size=64",
     "model.num_hidden_layers=2", "batch.global_size=8", "data.seq_len=64", "run.steps=6", "export.format=none",
 )  # fmt: skip
-SECONDS = 400
+SECONDS = 800
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_two_hosts_that_torchrun_joins_train_as_one_host_does(hosts: TwoHosts) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * SECONDS)
 def test_a_meeting_over_c10d_and_the_hostfile_of_deepspeed_give_the_same_losses(hosts: TwoHosts) -> None:
     one = alone(hosts)
     assert torchrun(hosts, "c10d", "--rdzv-backend=c10d", "--rdzv-endpoint=h1:29501", "--rdzv-id=two") == one
