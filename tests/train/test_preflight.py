@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from cluster.test_doctor import SOUND, T4
+from machines import SOUND, T4
 
 from orchestrator.cluster.doctor import Severity, examine
 from orchestrator.config import compose
