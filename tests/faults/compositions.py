@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import functools
 import io
 import sys
 import textwrap
@@ -18,21 +20,28 @@ import time
 import traceback
 import typing
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from merging import choose as choose_choice
+from merging import put, typed
 from record import record
 from rich.console import Console
 
 from orchestrator.cluster.local import local_cluster
-from orchestrator.config import compose, run_app
-from orchestrator.config.catalog import Key, groups, keys
+from orchestrator.config import compose as composed
+from orchestrator.config import run_app
+from orchestrator.config.catalog import CONF_DIR, Key, groups, keys
+from orchestrator.config.compose import compose_conf, resolve
+from orchestrator.config.overrides import check_overrides
+from orchestrator.config.schema import RootConf
 from orchestrator.errors import OrchestratorError
 from orchestrator.planner.choose import choose
 from orchestrator.planner.plan import LAYOUT
@@ -72,6 +81,14 @@ ODD = (
 """What is no key=value of this project."""
 
 RANKS = (None, 1, 1, 2, 2, 4, 3, 8)
+NESTED = {
+    path.parent.relative_to(CONF_DIR).as_posix()
+    for path in CONF_DIR.rglob("*/*.yaml")
+    if any(sign in path.read_text() for sign in ("defaults:", "# @package"))
+}
+"""Groups whose files choose in other groups."""
+
+PARSER = OverridesParser.create()
 CHUNK = 100
 """Cases of one seed."""
 
@@ -81,11 +98,13 @@ FEW = 4
 
 @dataclass(frozen=True)
 class Composition:
-    """Words as on the command line; `ranks` that really run, None: those of the cluster; `choosing`: the planner picks."""
+    """Words as on the command line; `ranks` that really run, None: those of the cluster; `choosing`: the planner picks.
+    `whole`: Hydra itself merges them; else they are merged here once the project has read them, in a tenth of the time."""
 
     words: tuple[str, ...]
     ranks: int | None
     choosing: bool = False
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,13 +149,38 @@ def compositions(draw: st.DrawFn) -> Composition:
         words.append(f"{path}={draw(values_of(known[path]))}")
     if draw(st.integers(0, 19)) == 0:
         words.append(draw(st.sampled_from(ODD)))
-    return Composition(tuple(draw(st.permutations(words))), draw(st.sampled_from(RANKS)), draw(st.integers(0, 99)) == 0)
+    return Composition(
+        tuple(draw(st.permutations(words))),
+        draw(st.sampled_from(RANKS)),
+        draw(st.integers(0, 99)) == 0,
+        draw(st.integers(0, 9)) == 0,
+    )
+
+
+@functools.cache
+def _defaults() -> RootConf:
+    return compose_conf([])
+
+
+def merged(words: list[str], **options: Any) -> RunSpec:
+    """As `compose`, with the words merged here."""
+    good, stated, misspelt = check_overrides(words, CONF_DIR)
+    conf, known = copy.deepcopy(_defaults()), keys()
+    overrides = sorted(PARSER.parse_overrides(good), key=lambda each: each.key_or_group in known)  # groups come first
+    for override in overrides:
+        path, value = override.key_or_group, override.value()
+        if path in known:
+            put(conf, path, typed(known[path], value))
+        else:
+            choose_choice(conf, f"{path}={value}")
+    return resolve(conf, stated, misspelt, **options)
 
 
 def carry_out(case: Composition) -> None:
     """What `launch/plan.py` does with the words, from the layout: compose, plan, and the screens of both."""
 
     def task(words: list[str]) -> int:
+        compose = composed if case.whole or NESTED & {word.partition("=")[0] for word in words} else merged
         spec = compose(words, ranks=case.ranks, local=local_cluster, strict=not case.choosing)
         if case.choosing and not names_strategy(spec) and spec.strategy.ranks > 1:
             spec = choose(spec).candidate.spec
@@ -189,7 +233,7 @@ def judge(case: Composition) -> Outcome:
 def smallest(case: Composition, kind: str) -> Composition:
     """`case` without the words that its outcome does not need."""
     for word in case.words:
-        fewer = Composition(tuple(each for each in case.words if each != word), case.ranks, case.choosing)
+        fewer = replace(case, words=tuple(each for each in case.words if each != word))
         if judge(fewer).kind == kind:
             case = fewer
     return case
@@ -198,6 +242,7 @@ def smallest(case: Composition, kind: str) -> Composition:
 def sweep(cases: int, begin: int) -> dict[str, Any]:
     """How `cases` compositions ended, with the smallest case of every kind of break."""
     ends: Counter[str] = Counter()
+    through: Counter[str] = Counter()
     broken: dict[str, Any] = {}
     slowest = (0.0, "")
 
@@ -212,14 +257,15 @@ def sweep(cases: int, begin: int) -> dict[str, Any]:
         outcome = judge(case)
         slowest = max(slowest, (round(time.perf_counter() - began, 2), " ".join(case.words)[:300]))
         ends[outcome.kind] += 1
+        through["Hydra" if case.whole else "merged"] += 1
         if outcome.broken and outcome.kind not in broken:
             least = smallest(case, outcome.kind)
             words = [word[:200] for word in least.words]
-            broken[outcome.kind] = {"words": words, "ranks": least.ranks, "text": outcome.text[-1500:]}
+            broken[outcome.kind] = {"words": words, "ranks": least.ranks, "whole": least.whole, "text": outcome.text[-1500:]}
             print(outcome.kind, words, least.ranks, file=sys.stderr, flush=True)
 
     each()
-    return {"ends": dict(ends), "broken": broken, "slowest": slowest}
+    return {"ends": dict(ends), "through": dict(through), "broken": broken, "slowest": slowest}
 
 
 def sweeps(cases: int, begin: int, processes: int, minutes: float) -> dict[str, Any]:
@@ -238,6 +284,7 @@ def sweeps(cases: int, begin: int, processes: int, minutes: float) -> dict[str, 
         "valid": ends["valid"],
         "refused": sum(count for kind, count in ends.items() if kind.startswith("refused")),
         "ends": dict(ends.most_common()),
+        "through_hydra": sum(each["through"].get("Hydra", 0) for each in found),
         "broken": {kind: case for each in found for kind, case in each["broken"].items()},
         "seed": begin,
         "keys": len(keys()),

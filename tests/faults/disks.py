@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -143,8 +144,8 @@ def train(folder: Path, place: str, at: int, number: int) -> None:
     from orchestrator.train.run import Run
     from orchestrator.train.world import join
 
-    spec = compose([*SMALL, f"run.dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"], ranks=1)
     os.dup2(os.open(folder / "screen", os.O_CREAT | os.O_WRONLY), 2)
+    spec = compose([*SMALL, f"run.dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}"], ranks=1)
     (folder / "cache").mkdir()
     refuse(folder / place, at, number)
     log = folder / "run" / "train.log"
@@ -163,8 +164,12 @@ def runs(every: int) -> dict[str, Any]:
                 folder = Path(temporary).resolve()
                 child = os.fork()
                 if not child:
-                    sys.stdout.close()
-                    train(folder, place, at, number)
+                    try:
+                        train(folder, place, at, number)
+                    except BaseException:
+                        traceback.print_exc()
+                    finally:
+                        os._exit(70)  # whatever it was, it is none of the parent's work
                 ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 screen = (folder / "screen").read_text()
                 problem = None

@@ -20,8 +20,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
-from enum import Enum
 from functools import partial
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
@@ -29,11 +27,11 @@ from typing import Any
 
 import kills
 import torch
-import yaml
+from merging import at, choose, put, typed
 from record import record
 
 from orchestrator.cluster.local import local_cluster
-from orchestrator.config.catalog import CONF_DIR, groups, keys
+from orchestrator.config.catalog import groups, keys
 from orchestrator.config.compose import compose_conf, resolve
 from orchestrator.config.schema import RootConf
 from orchestrator.errors import ConfigError
@@ -54,7 +52,8 @@ STRATEGIES: tuple[tuple[str, ...], ...] = (
 
 GROUPS = ("tuning", "optimizer", "recompute", "attention", "precision", "schedule")
 KEYS = {
-    "loss.kind": None, "data.packing": None, "zero.gradients": None, "health.on_nonfinite": None, "tuning.quant": None,
+    "loss.kind": None, "data.packing": None, "zero.gradients": None, "health.on_nonfinite": None,
+    "tuning.quant": (None, "nf4", "int8"),
     "checkpoint.background": (False, True), "batch.micro": (None, 1),
     "tuning.untie": (False, True), "tuning.rslora": (False, True),
     "tuning.modules": ([], ["lm_head", "norms"]), "zero.overlap_comm": (True, False), "tuning.dropout": (0.0, 0.1),
@@ -79,38 +78,9 @@ def levers() -> dict[str, tuple[Any, ...]]:
         if name in default:
             found[name] = (default[name], *(each for each in choices if each != default[name]))
         elif name in known and known[name].options:
-            standing = _at(base, name).name
+            standing = at(base, name).name
             found[name] = (standing, *(each for each in choices if each != standing))
     return found
-
-
-def _at(conf: Any, path: str) -> Any:
-    for name in path.split("."):
-        conf = getattr(conf, name)
-    return conf
-
-
-def _put(conf: Any, path: str, value: Any) -> None:
-    """Set a key of the config, words of an Enum as its member."""
-    *sections, name = path.split(".")
-    section = _at(conf, ".".join(sections)) if sections else conf
-    old = getattr(section, name)
-    setattr(section, name, type(old)[value] if isinstance(old, Enum) else value)
-
-
-def _merge(conf: Any, values: Mapping[str, Any], path: str) -> None:
-    for name, value in values.items():
-        inner = f"{path}.{name}"
-        if is_dataclass(_at(conf, inner)):
-            _merge(conf, value, inner)
-        else:
-            _put(conf, inner, value)
-
-
-def _choose(conf: RootConf, word: str) -> None:
-    """What `group=choice` does."""
-    group, _, name = word.partition("=")
-    _merge(conf, yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {}, group)
 
 
 def words_of(case: Composition, known: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
@@ -131,16 +101,16 @@ def spec_of(case: Composition, known: Mapping[str, tuple[Any, ...]], base: RootC
     """
     conf = copy.deepcopy(base)
     for path, value in {**SMALL, "run.dir": str(folder / "run"), "data.cache_dir": str(folder.parent / "cache")}.items():
-        _put(conf, path, value)
+        put(conf, path, value)
     for word in known["strategy"][case["strategy"]]:
-        _choose(conf, word)
+        choose(conf, word)
     for name, place in case.items():
         if place and name != "strategy":
             value = known[name][place]
             if name in GROUPS:
-                _choose(conf, f"{name}={value}")
+                choose(conf, f"{name}={value}")
             else:
-                _put(conf, name, value)
+                put(conf, name, typed(keys()[name], value))
     stated = frozenset(word.partition("=")[0] for word in words_of(case, known))
     ranks = 2 if known["strategy"][case["strategy"]] else 1
     return resolve(conf, stated, ranks=ranks, local=local_cluster)
@@ -220,6 +190,8 @@ class Search:
                 continue
             self.found.append(case)
             self.open -= pairs_of(case)
+            if len(self.found) % 20 == 0:
+                print(f"{len(self.found)} found, {len(self.open)} pairs open", file=sys.stderr, flush=True)
 
 
 def train(spec: RunSpec, words: Sequence[str], folder: Path, world: Any) -> None:
