@@ -32,6 +32,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from merging import choose as choose_choice
 from merging import put, typed
+from omegaconf.errors import OmegaConfBaseException
 from record import record
 from rich.console import Console
 
@@ -40,9 +41,9 @@ from orchestrator.config import compose as composed
 from orchestrator.config import run_app
 from orchestrator.config.catalog import CONF_DIR, Key, groups, keys
 from orchestrator.config.compose import compose_conf, resolve
-from orchestrator.config.overrides import check_overrides
+from orchestrator.config.overrides import check_overrides, composition_fault
 from orchestrator.config.schema import RootConf
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import ConfigError, OrchestratorError
 from orchestrator.planner.choose import choose
 from orchestrator.planner.plan import LAYOUT
 from orchestrator.planner.planning import names_strategy, plan_of
@@ -125,7 +126,8 @@ def values_of(key: Key) -> st.SearchStrategy[str]:
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not NoneType]
     kind: Any = kinds[0]
     if isinstance(kind, type) and issubclass(kind, Enum):
-        plausible: tuple[str, ...] = (*key.options, key.options[0][:-1])
+        options = [member.name for member in kind]
+        plausible: tuple[str, ...] = (*options, options[0][:-1])
     elif kind in NUMBERS:
         plausible = NUMBERS[kind]
     else:
@@ -170,7 +172,10 @@ def merged(words: list[str], **options: Any) -> RunSpec:
     for override in overrides:
         path, value = override.key_or_group, override.value()
         if path in known:
-            put(conf, path, typed(known[path], value))
+            try:
+                put(conf, path, typed(known[path], value))
+            except OmegaConfBaseException as error:  # as compose_conf tells it
+                raise ConfigError(composition_fault(error, CONF_DIR)) from error
         else:
             choose_choice(conf, f"{path}={value}")
     return resolve(conf, stated, misspelt, **options)

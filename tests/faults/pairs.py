@@ -60,6 +60,9 @@ KEYS = {
 }  # fmt: skip
 """Keys that change what is computed or held; None: the options of the schema."""
 
+PATIENCE = 900.0
+"""Seconds that a run may take on a busy machine."""
+
 Composition = dict[str, int]
 """Lever to the place of its choice."""
 
@@ -216,7 +219,7 @@ def one(place: Path, base: RootConf, known: Mapping[str, tuple[Any, ...]], numbe
     began = time.perf_counter()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        codes = kills.run(spec.strategy.ranks, partial(train, spec, words, folder))
+        codes = kills.run(spec.strategy.ranks, partial(train, spec, words, folder), patience=PATIENCE)
     except TimeoutError:
         codes = [-9]
     said = "\n".join(file.read_text() for file in sorted(folder.glob("failed-*")))
@@ -231,7 +234,7 @@ def sweep(least: int, only: int | None, processes: int, seed: int, minutes: floa
 
     import orchestrator.train.run  # noqa: F401
 
-    kills.PATIENCE, kills.GRACE = 900.0, 60.0
+    kills.GRACE = 60.0
     search = Search(seed)
     search.cover()
     covering = len(search.found)
