@@ -112,7 +112,7 @@ def limited(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Queue
     30 s, so it runs beside the others, with one core of the first node, where nothing preempts it."""
     desk = Desk(cluster, tmp_path_factory.mktemp("limited"))
     words = ("slurm.partition=high", "slurm.constraint=only_n1", "slurm.cpus=1", "slurm.hours=0.066", "slurm.grace=235")
-    return Queued(desk, *desk.submit(*ONE, *words, "slurm.requeues=9", *ENDLESS, *SMALL))
+    return Queued(desk, *desk.submit(*ONE, *words, "slurm.requeues=99", *ENDLESS, *SMALL))
 
 
 @pytest.fixture
