@@ -36,6 +36,9 @@ def train(overrides: list[str]) -> int:
             spec = submission.load(saved, ranks)
         else:
             spec = compose(overrides, ranks=ranks, local=local_cluster, strict=False)
+        from orchestrator.train import renewal
+
+        spec = renewal.renewed(spec)
         from orchestrator.planner.predict import table_for
         from orchestrator.planner.prelude import settle
         from orchestrator.report.record import load
@@ -49,7 +52,7 @@ def train(overrides: list[str]) -> int:
         world = join(spec.cluster.card.name, facts(spec))
         prelude = world.on_first(lambda: settle(spec))
         warnings = preflight.look(prelude.spec, lambda: table_for(prelude.spec), world)
-        run = Run(prelude.spec, world, stop=stop)
+        run = Run(prelude.spec, world, stop=stop, renew=renewal.replace_process)
         if prelude.spec.strategy.nvme is not None:
             from orchestrator.layout import lay_out
             from orchestrator.planner.traffic import traffic
@@ -65,7 +68,7 @@ def train(overrides: list[str]) -> int:
             log = folder.log
             if world.first:
                 write_json(folder.plan, prelude.plan.to_json())
-                for line in (*prelude.lines, *warnings):
+                for line in (*renewal.words(prelude.spec), *prelude.lines, *warnings):
                     run.display.note(line)
 
         outcome = run.execute(on_open=opened)

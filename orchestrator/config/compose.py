@@ -26,7 +26,7 @@ from orchestrator.config.overrides import REFERENCE, check_overrides, compositio
 from orchestrator.config.ranges import path_faults, range_faults
 from orchestrator.config.schema import ClusterConf, Compute, DataConf, Quant, RootConf, TuningConf, TuningKind
 from orchestrator.config.shapes import DIMENSIONS, resolve_model
-from orchestrator.config.strategy import buckets, build_strategy, largest_part, require_strategy, see_disk, shard_size
+from orchestrator.config.strategy import buckets, build_strategy, homes, largest_part, require_strategy, see_disk, shard_size
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.units import GIB, MIB
 
@@ -212,7 +212,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         ),
         *checks.export_faults(conf.export.merge, conf.tuning.kind),
         *checks.eval_faults(conf.eval.every, conf.data.eval_fraction),
-        *health_faults(conf.health, conf.checkpoint.every),
+        *health_faults(conf.health, conf.checkpoint.every, conf.batch.micro, spec.Home.NVME in homes(conf.offload)),
     ]
 
 

@@ -155,6 +155,11 @@ class OnSpike(Enum):
     rollback = "rollback"
 
 
+class OnOom(Enum):
+    stop = "stop"
+    halve = "halve"
+
+
 class OnMisfit(Enum):
     refuse = "refuse"
     warn = "warn"
@@ -450,6 +455,9 @@ class HealthConf:
     spike_window: int = key(64, "steps whose losses say what is usual", "steps")
     spike_deviations: float = key(10.0, "how far above their median a loss is a spike", "standard deviations, from their MAD")
     spike_limit: int = key(3, "spikes that are gone back from; one more ends the run", "spikes")
+    on_oom: OnOom = key(
+        OnOom.stop, "a rank without memory in a step: stop, or begin anew from the last checkpoint with half the micro-batch"
+    )
 
 
 @dataclass

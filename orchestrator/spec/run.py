@@ -212,6 +212,9 @@ class Health:
     `on_spike` "rollback": a loss that lies `spike_deviations` above the median of the last `spike_window` steps takes the run
     back to its last checkpoint, and the samples of that step are left out; one more than `spike_limit` of them ends the run.
     "ignore": nobody looks.
+
+    `on_oom` "halve": a rank that cannot allocate in a forward or backward has all ranks begin anew, from the last checkpoint
+    and with half the micro-batch; "stop": it ends the run.
     """
 
     on_nonfinite: str = "skip"
@@ -220,6 +223,7 @@ class Health:
     spike_window: int = 64
     spike_deviations: float = 10.0
     spike_limit: int = 3
+    on_oom: str = "stop"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from orchestrator.train.health import Watch, ran_out
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics
 from orchestrator.train.schedule import learning_rate
+from orchestrator.train.shortage import COMPUTING, Before
 from orchestrator.train.spikes import Spike, Spikes
 from orchestrator.train.stop import StopRequest
 from orchestrator.train.watch import EVALUATE, SAVE
@@ -81,7 +82,7 @@ class Loop:
         spikes: Spikes | None = None,
         eval_batches: EvalBatches | None = None,
         on_memory: Callable[[int, list[Memory]], None] | None = None,
-        on_memory_end: Callable[[int, str, BaseException], OrchestratorError] | None = None,
+        on_memory_end: Callable[[int, str, BaseException, Before | None], OrchestratorError] | None = None,
         at: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
         self._engine, self._spec, self._world, self._total = engine, spec, world, total
@@ -149,7 +150,9 @@ class Loop:
         """(the metrics of optimizer step `number`, counted from 1; whether any rank was asked to stop)."""
         rate = learning_rate(number, self._total, self._spec.schedule, self._spec.optimizer.lr)
         total: torch.Tensor | float = 0.0
-        last, phase = len(batch.micro_batches) - 1, "forward or backward"
+        last, phase = len(batch.micro_batches) - 1, COMPUTING
+        halve = self._spec.health.on_oom == "halve"
+        before = Before.now(number - 1, batch.epoch, self._world.device) if halve else None
         try:
             for index, micro in enumerate(batch.micro_batches):
                 self._at(number, f"forward and backward {index + 1} of {last + 1}")
@@ -160,7 +163,7 @@ class Loop:
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if self._on_memory_end is None or not ran_out(error):
                 raise
-            raise self._on_memory_end(number, phase, error) from error
+            raise self._on_memory_end(number, phase, error, before) from error
         self._at(number, "the sum of the losses")
         loss_sum, asked = _sum_over_ranks([total, float(bool(stop))], self._world)
         loss = loss_sum / (batch.labelled * self._copies)

@@ -23,6 +23,9 @@ MEASURED_HERE = ("cluster.host_bytes", "cluster.card.memory_bytes", "cluster.car
 _STORES: Any = dist
 """torch does not export its stores to type checkers."""
 
+ATTEMPT = "ORCHESTRATOR_ATTEMPT"
+"""Set where these processes have replaced earlier ones (train/renewal.py), whose messages torchrun's store still holds."""
+
 SHOWN = 4
 SEEN_SECONDS = 2.0
 
@@ -95,7 +98,7 @@ def open_store(rank: int, patience: timedelta) -> Any:
             problem = f"nobody answers at {host}:{port} within {format_seconds(patience.total_seconds())}"
             remedy = "rank 0 must be running there, and no firewall between: look at its output"
         raise ConfigError(Fault("MASTER_PORT", problem, remedy)) from None
-    return _STORES.PrefixStore(f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return _STORES.PrefixStore(f"run/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}{os.environ.get(ATTEMPT, '')}", store)
 
 
 def meet(store: Any, rank: int, size: int, about: Mapping[str, Any], patience: timedelta) -> list[Hello]:

@@ -18,7 +18,7 @@ from torch import nn
 from orchestrator import data
 from orchestrator.data.batch import StepBatch
 from orchestrator.engine import Engine, make
-from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError, OrchestratorError
+from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, ModelError
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower, saved_bytes
 from orchestrator.model import build, loss_sum, open_weights, table_of
 from orchestrator.spec import Parameter, RunSpec, digest
@@ -26,7 +26,6 @@ from orchestrator.train import checkpoint, folder
 from orchestrator.train.display import Display, count, home_word
 from orchestrator.train.export import Source
 from orchestrator.train.folder import Choice, RunFolder, write_json, write_text
-from orchestrator.train.health import end_of_memory, memory_ended
 from orchestrator.train.identity import course, identity
 from orchestrator.train.log import open_log, quiet_libraries
 from orchestrator.train.loop import Ending, Loop
@@ -35,8 +34,10 @@ from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics, drop_after, open_tracker
 from orchestrator.train.probe import Probe, probe_ids
 from orchestrator.train.publish import Publisher
+from orchestrator.train.renewal import Renewal
 from orchestrator.train.resume import Reader, bring_back, changes, check_run, check_tensors, first_sound, seed_rank
 from orchestrator.train.saving import Saved, Saver
+from orchestrator.train.shortage import Shortage, row_json
 from orchestrator.train.spikes import Spikes, WayBack
 from orchestrator.train.stop import StopRequest, listening
 from orchestrator.train.watch import SAVE, Watch
@@ -59,10 +60,13 @@ class Outcome:
 
 class Run:
     """A run of `spec` in `world`. `stop` is a request that may come before the run listens itself, which it does from its
-    first step to its last."""
+    first step to its last. `renew` replaces this process by one that runs its command again, where a process may be."""
 
-    def __init__(self, spec: RunSpec, world: World, display: Display | None = None, stop: StopRequest | None = None) -> None:
-        self.spec, self.world = spec, world
+    def __init__(
+        self, spec: RunSpec, world: World, display: Display | None = None, stop: StopRequest | None = None,
+        renew: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.spec, self.world, self._renew = spec, world, renew
         self._stop = StopRequest() if stop is None else stop
         self.display = display or Display(world.first)
         self.folder: RunFolder | None = None
@@ -278,11 +282,9 @@ class Run:
         if spec.eval.every and len(prepared.eval):
             held_out = partial(data.eval_batches, prepared, spec.batch.micro, dp_rank, ranks, pad)
         watch = Watch(world, spec.run.timeout, self._folder.log)
-        loop = Loop(
-            engine, spec, world, total, self._metrics, self.display, spikes=spikes, eval_batches=held_out,
-            on_memory=self._remember, on_memory_end=partial(self._memory_end, engine), at=watch.at,
-        )  # fmt: skip
-
+        renewal: Renewal | None = None
+        if self._renew is not None and spec.health.on_oom == "halve":
+            renewal = Renewal(spec, world, self._folder.path, self._renew)
         way_back = WayBack(engine, world, self._folder, spikes, self.display.note)
         if self._choice.checkpoint is not None:
             way_back.know(self._choice.checkpoint)
@@ -303,6 +305,16 @@ class Run:
                 keep=spec.checkpoint.keep, expected_bytes=self._expected_bytes,
             )  # fmt: skip
             saver.save(pieces, write)
+
+        def save_now(step: int, epoch: int) -> None:
+            save(step, epoch)
+            saver.wait()
+
+        shortage = Shortage(spec, world, self._folder, self._layout, engine, renewal, save_now, started)
+        loop = Loop(
+            engine, spec, world, total, self._metrics, self.display, spikes=spikes, eval_batches=held_out,
+            on_memory=self._remember, on_memory_end=shortage.meet, at=watch.at,
+        )  # fmt: skip
 
         def after_first() -> None:
             self._census(engine, STEPPED)
@@ -329,6 +341,8 @@ class Run:
                     if back is not None:
                         save(*back)  # the same state, and from now on the samples that are left out
         finally:
+            if renewal is not None:
+                renewal.close()
             watch.close()
             self.display.end()
             if self._metrics is not None:
@@ -345,17 +359,6 @@ class Run:
         ids = probe_ids(embedding.shape[0], self.spec.seed)
         return ids, self._probe.logits(engine, ids)
 
-    def _memory_end(self, engine: Engine, number: int, phase: str, error: BaseException) -> OrchestratorError:
-        """Write what this rank holds now, and say what would help."""
-        path = self._folder.memory_end(self.world.rank)
-        rows = {"predicted": self._layout.rows, "found": engine.census()}
-        write_json(
-            path,
-            {name: [_row(row) for row in held if row.elements] for name, held in rows.items()}
-            | end_of_memory(number, phase, error, measure(self.world.rank, self.world.device), self.world.device),
-        )
-        return memory_ended(self.spec, self.world.rank, number, phase, error, path)
-
     def _remember(self, step: int, ranks: list[Memory]) -> None:
         self._account(ranks)
         if self._saver is not None:
@@ -367,9 +370,9 @@ class Run:
         ranks = memory or world.gather(measure(world.rank, world.device))
         own = {
             "rank": world.rank,
-            "predicted": [_row(row) for row in self._layout.rows if row.elements],
+            "predicted": [row_json(row) for row in self._layout.rows if row.elements],
             "buffers": [asdict(buffer) | {"home": str(buffer.home)} for buffer in self._layout.buffers if buffer.bytes],
-            "measured": {point: [_row(row) for row in rows] for point, rows in self._measured.items()},
+            "measured": {point: [row_json(row) for row in rows] for point, rows in self._measured.items()},
         }
         accounts = world.gather(own)
         if world.first:
@@ -385,7 +388,3 @@ class Run:
         if merge is not None:
             self.display.note(f"merged   {merge}")
         return path
-
-
-def _row(row: Row) -> dict[str, Any]:
-    return asdict(row) | {"home": str(row.home), "bytes": row.bytes}

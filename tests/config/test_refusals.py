@@ -135,6 +135,8 @@ REFUSALS = [
     ("zero.gradients=fp32", 1, ["zero.gradients", "zero=none runs no DeepSpeed"]),
     ("health.on_nonfinite=stop health.nonfinite_limit=3", 1, ["health.nonfinite_limit", "ends the run at the first"]),
     ("health.on_spike=rollback", 1, ["health.on_spike", "checkpoint.every=0 saves at the end alone", "checkpoint.every=100"]),
+    ("health.on_oom=halve batch.micro=1", 1, ["health.on_oom", "batch.micro=1 cannot be halved", "recompute=full"]),
+    ("zero=stage3 offload=nvme health.on_oom=halve", 2, ["health.on_oom", "a process that is replaced", "offload=cpu"]),
     ("health.spike_limit=2", 1, ["health.spike_limit", "looks for no spike", "health.on_spike=rollback"]),
     # data and resume
     ("data=local", 1, ["data=local needs a file", "data.path=FILE"]),
