@@ -143,11 +143,13 @@ def compositions(draw: st.DrawFn) -> Composition:
     """Some choices of some groups and some keys, mostly such as could be meant."""
     known = keys()
     named = {name: [choice.name for choice in found] for name, found in groups().items() if "/" not in name}
-    chosen = draw(st.lists(st.sampled_from(sorted(named)), max_size=5, unique=True))
+    most = draw(st.sampled_from((1, 2, 5)))
+    chosen = draw(st.lists(st.sampled_from(sorted(named)), max_size=most, unique=True))
     words = [f"{name}={draw(st.sampled_from(named[name]))}" for name in chosen]
     if draw(st.integers(0, 19)) == 0:
         words.append(f"{draw(st.sampled_from(sorted(named)))}={draw(st.sampled_from(WILD))}")
-    for path in draw(st.lists(st.sampled_from(sorted(known)), max_size=FEW, unique=True)):
+    few = draw(st.sampled_from((0, 1, FEW)))
+    for path in draw(st.lists(st.sampled_from(sorted(known)), max_size=few, unique=True)):
         words.append(f"{path}={draw(values_of(known[path]))}")
     if draw(st.integers(0, 19)) == 0:
         words.append(draw(st.sampled_from(ODD)))

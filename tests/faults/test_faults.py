@@ -64,7 +64,7 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_lost(boundary):
 
 def test_any_composition_is_a_plan_or_a_clear_refusal():
     found = run("compositions.py", "--cases", "60")
-    assert found["broken"] == {} and found["valid"] > 5 and found["valid"] + found["refused"] == found["cases"] == 60
+    assert found["broken"] == {} and found["valid"] > 2 and found["valid"] + found["refused"] == found["cases"] == 60
 
 
 def test_a_rank_that_stops_the_others_is_named_and_the_run_ends():
