@@ -330,7 +330,7 @@ def quant_faults(tuning: TuningConf, shape: ModelShape | None) -> list[Fault]:
         return []
     size = " × ".join(str(n) for n in odd[0].shape)
     problem = f"{odd[0].name} has {size} weights, which {form} cannot divide into blocks of {DIVISOR[form]}"
-    return [Fault("tuning", problem, "leave it in 16 bits (tuning=lora), or use a model whose layers divide")]
+    return [Fault("tuning", problem, "use tuning=lora or no tuning.quant, or a model whose layers divide")]
 
 
 def dora_faults(tuning: TuningConf, tensor: int, offload: OffloadConf) -> list[Fault]:
