@@ -131,7 +131,7 @@ def draw(series: Series, axis: str, path: Path) -> None:
     axes.set_xlabel(axis)
     axes.set_ylabel("processor seconds")
     axes.legend(frameon=False, fontsize=8)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -144,13 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (measure, axis) in MEASURES.items():
         if asked.only in (None, name):
             series = measure(asked.repeats)
-            draw(series, axis, PICTURES / f"scaling-{name}.png")
             results = {
                 line: {"exponent": round(exponent(points), 3), "seconds": {str(k): round(v, 5) for k, v in points.items()}}
                 for line, points in series.items()
             }
             command = f"python benchmarks/scaling.py --repeats {asked.repeats} --only {name}"
             account.write(f"scaling-{name}-cpu", command, account.versions("torch", "tokenizers", "pyarrow"), results)
+            draw(series, axis, PICTURES / f"scaling-{name}.png")
             for line, found in results.items():
                 print(f"{name}, {line}: {found}", flush=True)
     return 0
