@@ -114,7 +114,7 @@ def exponent(points: dict[int, float]) -> float:
 
 
 def draw(series: Series, axis: str, path: Path) -> None:
-    """The lines of `series` over its sizes, on logarithmic axes, each with its exponent."""
+    """The lines of `series` over its sizes, each with its exponent."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -123,11 +123,8 @@ def draw(series: Series, axis: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(4.6, 3.0), dpi=90, layout="constrained")
     for name, points in series.items():
         axes.plot(list(points), list(points.values()), marker="o", label=f"{name}: exponent {exponent(points):.2f}")
-    sizes = sorted({size for points in series.values() for size in points})
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel(axis)
     axes.set_ylabel("processor seconds")
     axes.legend(frameon=False, fontsize=8)
