@@ -206,6 +206,7 @@ def _agreement_faults(conf: RootConf, ranks: int, cluster: spec.Cluster, model: 
         *checks.tie_faults(conf.tuning, model.shape),
         *computing.loss_faults(conf.loss, cluster, model),
         *computing.recompute_faults(conf.recompute, tensor),
+        *computing.compile_faults(conf, cluster),
         *optimizer_faults(conf.optimizer.name, conf.zero, conf.offload.optimizer, cluster),
         *computing.attention_faults(
             conf.attention, cluster, choose_precision(conf.precision.compute, cluster.card), conf.data.packing.value
@@ -249,6 +250,7 @@ def build_spec(conf: RootConf, ranks: int, cluster: spec.Cluster, model: spec.Mo
         loss=computing.build_loss(conf.loss, model),
         recompute_every=conf.recompute.every,
         attention=conf.attention.kind.value,
+        compile=conf.compile.kind.value,
     )
 
 

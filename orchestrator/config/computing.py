@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
-from orchestrator.config.schema import AttentionConf, AttentionKind, LossConf, LossKind, RecomputeConf, RecomputeKind
+from orchestrator.config.checks import quant_of
+from orchestrator.config.schema import (
+    AttentionConf,
+    AttentionKind,
+    CompileKind,
+    LossConf,
+    LossKind,
+    RecomputeConf,
+    RecomputeKind,
+    RootConf,
+)
 from orchestrator.errors import Fault
 from orchestrator.spec import PLAIN_HEADS, Cluster, Loss, Model
 
@@ -50,6 +61,33 @@ def recompute_faults(conf: RecomputeConf, tensor: int) -> list[Fault]:
         return []
     problem = f"recompute=selective keeps matrix products, and tensor={tensor} adds their parts up in place"
     return [Fault("recompute", problem, "use recompute=full or recompute=every_n")]
+
+
+def compile_faults(conf: RootConf, cluster: Cluster) -> list[Fault]:
+    """Compiled blocks where something must happen between their operations, or where nothing can compile them."""
+    if conf.compile.kind is CompileKind.none:
+        return []
+    faults = []
+    inside = (
+        (conf.zero.stage == 3, "zero=stage3", "fetches each layer's weights by hooks inside the block", "zero=stage2"),
+        (conf.tensor.size > 1, f"tensor={conf.tensor.size}", "sums over the ranks inside the block", "tensor=none"),
+        (bool(quant_of(conf.tuning)), "a packed base", "unpacks weights by operations that are not compiled", "tuning=lora"),
+        (conf.tuning.dora, "tuning.dora=true", "has not been tried compiled", "tuning.dora=false"),
+        (
+            conf.recompute.kind in (RecomputeKind.selective, RecomputeKind.offload),
+            f"recompute={conf.recompute.kind.name}",
+            "looks at the operations of a block, which are gone when it is compiled",
+            "recompute=full",
+        ),
+    )
+    for found, what, reason, remedy in inside:
+        if found:
+            problem = f"compile=block with {what}, which {reason}"
+            faults.append(Fault("compile", problem, f"use {remedy}, or compile=none"))
+    if cluster.card.name == "cpu" and shutil.which("g++") is None:
+        problem = "compile=block on the CPU needs a C++ compiler, and there is no g++"
+        faults.append(Fault("compile", problem, "apt-get install g++, or compile=none"))
+    return faults
 
 
 def attention_faults(conf: AttentionConf, cluster: Cluster, compute: str, packing: str) -> list[Fault]:

@@ -33,6 +33,7 @@ ORDER = (
     "optimizer",
     "schedule",
     "recompute",
+    "compile",
     "attention",
     "precision",
     "cluster",

@@ -114,6 +114,11 @@ class RecomputeKind(Enum):
     offload = "offload"
 
 
+class CompileKind(Enum):
+    none = "none"
+    block = "block"
+
+
 class AttentionKind(Enum):
     sdpa = "sdpa"
     eager = "eager"
@@ -373,6 +378,11 @@ class RecomputeConf:
 
 
 @dataclass
+class CompileConf:
+    kind: CompileKind = key(CompileKind.none, "whether the blocks are compiled (set by the group)")
+
+
+@dataclass
 class AttentionConf:
     kind: AttentionKind = key(AttentionKind.sdpa, "which attention kernel (set by the group)")
 
@@ -520,6 +530,7 @@ class RootConf:
     pipeline: PipelineConf = field(default_factory=PipelineConf)
     offload: OffloadConf = field(default_factory=OffloadConf)
     recompute: RecomputeConf = field(default_factory=RecomputeConf)
+    compile: CompileConf = field(default_factory=CompileConf)
     attention: AttentionConf = field(default_factory=AttentionConf)
     loss: LossConf = field(default_factory=LossConf)
     precision: PrecisionConf = field(default_factory=PrecisionConf)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from orchestrator.errors import Fault, ModelError
+from orchestrator.model.compiled import compile_blocks
 from orchestrator.model.dora import magnitudes_without_values
 from orchestrator.model.head import use_head
 from orchestrator.model.location import resolve
@@ -79,6 +80,7 @@ def build(spec: RunSpec, building: AbstractContextManager[object]) -> nn.Module:
         _train_whole(model, spec.tuning.modules)
     if spec.tuning.kind == "head":
         _train_head_alone(model)
+    compile_blocks(model, spec)
     return model
 
 

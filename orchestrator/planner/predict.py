@@ -112,6 +112,8 @@ def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
             notes.append(f"{rate}: cluster.nvme_gb_per_s states it, a run measures it")
         if not spec.cluster.nvme_bytes:
             notes.append("NVMe is not held against a limit: cluster.nvme_gib states it")
+    if spec.compile != "none":
+        notes.append("planned as if the blocks were not compiled: compiled they keep and move less")
     if spec.strategy.ranks > spec.cluster.cards_per_node:
         notes.append(f"{device.NETWORK_GB_PER_S:.1f} GB/s assumed between machines")
     return tuple(notes)

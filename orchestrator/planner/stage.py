@@ -82,5 +82,5 @@ def play(spec: RunSpec, rank: int) -> Trace:
     with tempfile.TemporaryDirectory() as folder, fake.fake_tensors(packed=spec.data.packing != "none"):
         spec = swapping_to(spec, folder)
         weights = models.open_weights if spec.model.path is None else BlankWeights
-        FakePerformance(without_files(spec), device, tracer, weights).run(rank)
+        FakePerformance(without_files(replace(spec, compile="none")), device, tracer, weights).run(rank)
     return tracer.trace()

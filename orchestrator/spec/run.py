@@ -236,7 +236,7 @@ class Planning:
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """`recompute` is "none", "full", "every_n" (blocks 0, n, 2n … for n = `recompute_every`), "selective" or "offload";
-    `attention` "sdpa", "eager" or "flash"."""
+    `attention` "sdpa", "eager" or "flash"; `compile` "none" or "block"."""
 
     run: Run
     seed: int
@@ -260,3 +260,4 @@ class RunSpec:
     recompute_every: int = 2
     attention: str = "sdpa"
     health: Health = Health()
+    compile: str = "none"

@@ -75,13 +75,19 @@ class Case:
     gradients: str | None = None
     recompute: str = "none"
     attention: str = "sdpa"
+    compile: str = "none"
 
     @property
     def name(self) -> str:
         other = [word for word in (self.optimizer, self.recompute, self.attention) if word not in ("adamw", "none", "sdpa")]
         words = [self.strategy, self.tuning, *other]
         words += [f"{self.gradients}_gradients" if self.gradients else "", self.compute, f"x{self.accumulation}"]
-        words += ["tied" if self.tied else "", self.family, f"{self.loss}_loss" if self.loss else ""]
+        words += [
+            "compiled" if self.compile != "none" else "",
+            "tied" if self.tied else "",
+            self.family,
+            f"{self.loss}_loss" if self.loss else "",
+        ]
         return "-".join(word for word in words if word)
 
     def shape(self, strategy: s.Strategy) -> s.ModelShape:
@@ -189,6 +195,18 @@ RECOMPUTED = [
 references keep all activations and use sdpa."""
 
 
+def compiled_cases(ranks: int) -> list[Case]:
+    """Compiled blocks under each engine that takes them; the references are not compiled. Compiling takes a minute each."""
+    return [
+        Case("zero2", "full", "fp32", 1, compile="block"),
+        Case("full_shard", "lora", "fp32", 1, compile="block", recompute="full"),
+    ]
+
+
+SWEEPS = {"every optimizer": every_optimizer_case, "compiled": compiled_cases}
+"""Cases that are too dear for every change, by the name of their sweep."""
+
+
 def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
     """The spec of a case; `strategy` plain gives its reference, which takes the whole global batch in one forward."""
     strategy = strategy or replace(strategies(ranks)[case.strategy], gradients=case.gradients)
@@ -211,7 +229,7 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
         loss=s.Loss("plain") if plain else s.Loss(case.loss or "chunked", CHUNK),
-        attention="sdpa" if plain else case.attention,
+        attention="sdpa" if plain else case.attention, compile="none" if plain else case.compile,
     )  # fmt: skip
 
 

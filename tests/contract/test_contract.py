@@ -6,12 +6,13 @@ The worker's processes run all cases once for each rank count; each case is then
 from __future__ import annotations
 
 import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.cases import all_cases, every_optimizer_case
+from contract.cases import all_cases, compiled_cases, every_optimizer_case
 from ranks import run_ranks
 
 FP32 = {"loss": 1e-5, "grad_norm": 1e-5, "weights": 1e-5, "resume": 1e-6, "move": 1e-6}
@@ -73,3 +74,14 @@ def test_every_optimizer_under_every_strategy(ranks: int, tmp_path: Path) -> Non
         if "error" in values or any(value > bounds[key] for key, value in values.items()):
             beyond[case.name] = values
     assert not beyond
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_compiled_blocks_give_what_others_give(tmp_path: Path) -> None:
+    found = results(2, tmp_path, "compiled")
+    assert found.keys() == {case.name for case in compiled_cases(2)}
+    assert not {
+        name: values for name, values in found.items() if "error" in values or any(v > FP32[key] for key, v in values.items())
+    }

@@ -22,10 +22,10 @@ from contract.cases import (
     GLOBAL_SIZE,
     QUANTISED,
     STEPS,
+    SWEEPS,
     Case,
     all_cases,
     deal,
-    every_optimizer_case,
     labelled,
     run_spec,
     works,
@@ -187,5 +187,5 @@ def main(output: Path, only: str, cases: Callable[[int], list[Case]]) -> None:
 
 
 if __name__ == "__main__":
-    sweep = sys.argv[2:] == ["every optimizer"]
-    main(Path(sys.argv[1]), "" if sweep else "".join(sys.argv[2:]), every_optimizer_case if sweep else all_cases)
+    asked = "".join(sys.argv[2:])
+    main(Path(sys.argv[1]), "" if asked in SWEEPS else asked, SWEEPS.get(asked, all_cases))
