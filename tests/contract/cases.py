@@ -134,8 +134,8 @@ def every_optimizer_case(ranks: int) -> list[Case]:
 
 
 def all_cases(ranks: int) -> list[Case]:
-    """The whole product on two ranks, and fp16 where it may differ; on four, fp32 without accumulation, and tied embeddings;
-    on one, whatever starts."""
+    """On two ranks every strategy in fp32 without accumulation and in bf16 with it, and fp16 where it may differ; on four, fp32
+    without accumulation, and tied embeddings; on one, whatever starts. `rest_of_the_product` has what is left out."""
     names = strategies(ranks)
     if ranks == 1:
         alone = [Case(name, *rest, 1) for name, rest in itertools.product(names, (("full", "fp32"), ("lora", "bf16")))]
@@ -146,7 +146,8 @@ def all_cases(ranks: int) -> list[Case]:
         )
     if ranks == 2:
         half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
-        whole = [Case(*parts) for parts in itertools.product(names, ("full", "lora"), ("fp32", "bf16"), (1, 4))]
+        corners = (("fp32", 1), ("bf16", 4))
+        whole = [Case(name, tuning, *corner) for name, tuning, corner in itertools.product(names, ("full", "lora"), corners)]
         packed = [Case(name, "nf4x2", "fp32", 1) for name, strategy in names.items() if strategy.tp == 1]
         packed += [
             Case(name, *rest)
@@ -162,7 +163,8 @@ def all_cases(ranks: int) -> list[Case]:
         families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
         halves = [Case(name, tuning, "fp16", 1) for name, tuning in half]
         return whole + families + packed + halves + optimizer_cases(ranks) + RECOMPUTED
-    plain = [Case(name, tuning, "fp32", 1) for name, tuning in itertools.product(names, ("full", "lora"))]
+    plain = [Case(name, "full", "fp32", 1) for name in names]
+    plain += [Case(name, "lora", "fp32", 1) for name in ("zero2", "zero3_cpu", "hybrid_shard", "full_shard_tensor2")]
     tied = ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard", "full_shard_tensor2", "tensor4")
     return [
         *plain,
@@ -195,6 +197,13 @@ RECOMPUTED = [
 references keep all activations and use sdpa."""
 
 
+def rest_of_the_product(ranks: int) -> list[Case]:
+    """What `all_cases` leaves out of strategies × {full, lora} × {fp32, bf16} × {one forward, four}; on four ranks its LoRA."""
+    compute = (("fp32", 1), ("fp32", 4), ("bf16", 1), ("bf16", 4)) if ranks == 2 else (("fp32", 1),)
+    product = itertools.product(strategies(ranks), ("full", "lora"), compute)
+    return [case for case in (Case(name, tuning, *rest) for name, tuning, rest in product) if case not in all_cases(ranks)]
+
+
 def compiled_cases(ranks: int) -> list[Case]:
     """Compiled blocks under each engine that takes them; the references are not compiled. Compiling takes a minute each."""
     return [
@@ -203,7 +212,7 @@ def compiled_cases(ranks: int) -> list[Case]:
     ]
 
 
-SWEEPS = {"every optimizer": every_optimizer_case, "compiled": compiled_cases}
+SWEEPS = {"every optimizer": every_optimizer_case, "rest": rest_of_the_product, "compiled": compiled_cases}
 """Cases that are too dear for every change, by the name of their sweep."""
 
 

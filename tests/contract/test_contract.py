@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract.cases import all_cases, compiled_cases, every_optimizer_case
+from contract.cases import SWEEPS, all_cases, compiled_cases
 from ranks import run_ranks
 
 FP32 = {"loss": 1e-5, "grad_norm": 1e-5, "weights": 1e-5, "resume": 1e-6, "move": 1e-6}
@@ -64,9 +64,10 @@ def test_equals_one_plain_process(ranks: int, name: str, compute: str, folder: P
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_optimizer_under_every_strategy(ranks: int, tmp_path: Path) -> None:
-    found = results(ranks, tmp_path, "every optimizer")
-    cases = every_optimizer_case(ranks)
+@pytest.mark.parametrize("sweep", ["every optimizer", "rest"])
+def test_every_other_combination(sweep: str, ranks: int, tmp_path: Path) -> None:
+    found = results(ranks, tmp_path, sweep)
+    cases = SWEEPS[sweep](ranks)
     assert found.keys() == {case.name for case in cases}
     beyond = {}
     for case in cases:

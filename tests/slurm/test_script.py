@@ -150,7 +150,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path):
 
 
 def test_a_misfit_is_refused_before_anything_is_submitted(tmp_path):
-    done = type_submit(tmp_path, "slurm=a10x4", "zero=stage2", "model=llama3_70b", "plan.on_misfit=refuse")
+    done = type_submit(tmp_path, "slurm=a10x4", "zero=stage0", "model=llama3_8b", "tuning=full", "plan.on_misfit=refuse")
     assert done.returncode == 3 and "The run does not fit" in done.stderr and not list(tmp_path.iterdir())
 
 
