@@ -99,8 +99,12 @@ def pip_settings() -> list[str]:
     for name in ("index-url", "extra-index-url", "find-links"):
         if name in said:
             words += ["--build-arg", f"PIP_{name.upper().replace('-', '_')}={said[name]}"]
-    folders = {Path(word.removeprefix("file://")) for value in said.values() for word in value.split() if "/" in word}
-    mounted = {folder.parent if folder.is_file() else folder for folder in folders if folder.exists() and folder.is_absolute()}
+    named = [
+        (name, Path(word.removeprefix("file://"))) for name, value in said.items() for word in value.split() if "/" in word
+    ]
+    # What an index links to may lie beside its folder, as ../files.
+    folders = {path.parent if "index" in name or path.is_file() else path for name, path in named if path.is_absolute()}
+    mounted = {folder for folder in folders if folder.exists() and folder != Path("/")}
     return [*words, *(word for folder in sorted(mounted) for word in ("-v", f"{folder}:{folder}:ro"))]
 
 
