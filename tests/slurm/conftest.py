@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 from slurm.cluster import PACKAGES, Cluster, missing
+from worlds import world_of_one
 
-from orchestrator.train.world import World, join, leave
+from orchestrator.train.world import World
 
 
 def _install() -> str:
@@ -29,13 +30,8 @@ def _install() -> str:
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """A world of one in this process."""
-    before = dict(os.environ)
-    one = join("cpu")
-    os.environ.clear()
-    os.environ.update(before)  # children of other tests must not inherit this world
-    yield one
-    leave()
+    with world_of_one() as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from worlds import world_of_one
 
 from orchestrator.config import compose
 from orchestrator.spec import RunSpec
 from orchestrator.train.display import Display
 from orchestrator.train.run import Outcome, Run
-from orchestrator.train.world import World, join, leave
+from orchestrator.train.world import World
 
 SMALL = (
     "model=tiny", "model.hidden_size=32", "model.head_dim=8", "model.intermediate_size=64", "model.num_hidden_layers=2",
@@ -25,12 +25,8 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    before = dict(os.environ)
-    one = join("cpu")
-    os.environ.clear()
-    os.environ.update(before)  # children of other tests must not inherit this world
-    yield one
-    leave()
+    with world_of_one() as one:
+        yield one
 
 
 @pytest.fixture
