@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,19 @@ def _fault(override: Override, text: str, known: Mapping[str, Key], names: Mappi
     return [unknown_key(path, text, known, names)]
 
 
+RECIPE, STRATEGY, OFFLOAD = "recipe", ("zero", "fsdp", "tensor"), "offload"
+
+
+def strategy_alone(stated: Collection[str]) -> list[str]:
+    """What takes a recipe's own strategy away where another one was typed beside it: half of each would be neither, and what
+    plan, compare and fit say of a strategy is true as they print it."""
+    if RECIPE not in stated or not set(STRATEGY) & set(stated):
+        return []
+    return [f"{group}=none" for group in (*STRATEGY, OFFLOAD) if group not in stated]
+
+
 def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str], frozenset[str], list[Fault]]:
-    """The overrides that can be composed, the keys and groups that they set, and a fault for each of the others."""
+    """The overrides that can be composed, the keys and groups that were typed, and a fault for each of the others."""
     parser = OverridesParser.create()
     known = keys()
     names = {group: tuple(choice.name for choice in choices) for group, choices in groups(conf_dir).items()}
@@ -132,7 +143,7 @@ def check_overrides(overrides: Sequence[str], conf_dir: Path) -> tuple[list[str]
             # "+" adds what Hydra does not know yet; every key and group here is known, so it is not needed.
             good.append(quoted.lstrip("+") if override.key_or_group in known or override.key_or_group in names else quoted)
             stated.add(override.key_or_group)
-    return good, frozenset(stated), faults
+    return [*good, *strategy_alone(stated)], frozenset(stated), faults
 
 
 def composition_fault(error: Exception, conf_dir: Path) -> Fault:

@@ -130,14 +130,14 @@ def strategies(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
 
 
 def candidates(spec: RunSpec, recompute: tuple[str, ...] = RECOMPUTE) -> tuple[Candidate, ...]:
-    """Every strategy on the ranks of `spec`, with each of `recompute`."""
+    """Every strategy on the ranks of `spec`, with each of `recompute`; none of it is said only where `spec` has none either."""
     found = []
     for words, strategy in strategies(spec):
         other = _with(spec, strategy)
         if other is None:
             continue
         for kind in recompute:
-            text = words if kind == RECOMPUTE[0] else f"{words} recompute={kind}"
+            text = words if kind == spec.recompute == RECOMPUTE[0] else f"{words} recompute={kind}"
             found.append(Candidate(text, replace(other, recompute=kind)))
     return tuple(found)
 

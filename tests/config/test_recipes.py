@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
-from recipes import second_runs
+from recipes import heads, second_runs, ways_out
 
-from orchestrator import plan
+from orchestrator import compare, plan
 from orchestrator.config import compose
 from orchestrator.config.catalog import groups
+from orchestrator.planner.plan import Plan
 from orchestrator.units import GIB
 
 RECIPES = {choice.name: choice.summary for choice in groups()["recipe"] if choice.name != "none"}
@@ -36,6 +38,64 @@ def test_what_begins_with_the_head_goes_on_and_fits() -> None:
         assert (f"{made.memory.used / GIB:.1f}", made.verdict) == (stated, "fits")
 
 
+def figure(words: str) -> Plan:
+    return plan(words.split(), basis="layout")
+
+
+def host(words: str) -> float:
+    """GiB of host memory for each rank."""
+    return figure(words).host.need / GIB
+
+
+def held(words: str, line: str) -> float:
+    """GiB of a line at the loss."""
+    return figure(words).ledger.lines("forward", "gpu")[line] / GIB
+
+
+TOO_LARGE = "recipe=llama3_8b_qlora_1xa10 tuning=lora data.seq_len=2048 batch.micro=8"
+CLAIMS = [
+    ("gemma_7b_pretrain_1xt4", "12.2 GiB of the 16", lambda: host("recipe=gemma_7b_pretrain_1xt4")),
+    ("gemma_7b_pretrain_1xt4", "15.4 if they were", lambda: host("recipe=gemma_7b_pretrain_1xt4 offload.pin_memory=true")),
+    ("llama3_70b_nvme", "56 GiB of host memory", lambda: host("recipe=llama3_70b_nvme tuning=full")),
+    ("llama3_70b_nvme", "9 minutes a step", lambda: figure("recipe=llama3_70b_nvme").seconds / 60),
+    ("llama3_70b_nvme", "and 19 minutes", lambda: figure("recipe=llama3_70b_nvme tuning=full").seconds / 60),
+    ("llama3_8b_qlora_1xa10", "15 GiB of weights", lambda: held(TOO_LARGE, "frozen")),
+    ("llama3_8b_qlora_1xa10", "and 90 of activations", lambda: held(TOO_LARGE, "activations")),
+]
+
+
+@pytest.mark.parametrize(("name", "said", "computed"), CLAIMS, ids=[f"{name}-{said}" for name, said, _ in CLAIMS])
+def test_what_the_head_of_a_recipe_says_is_planned(name: str, said: str, computed: Callable[[], float]) -> None:
+    assert said in heads()[name]
+    number = re.search(r"[\d.]+", said)
+    assert number
+    digits = len(number[0].partition(".")[2])
+    assert f"{computed():.{digits}f}" == number[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_to_change_where_it_needs_too_much_needs_less(name: str) -> None:
+    """Each change on top of those before it; of alternatives the first stays."""
+    words = [f"recipe={name}"]
+    used = figure(" ".join(words)).memory.used
+    for alternatives in ways_out()[name]:
+        less = [figure(" ".join([*words, change])).memory.used for change in alternatives]
+        assert max(less) < used, alternatives
+        words, used = [*words, alternatives[0]], less[0]
+
+
+def test_a_strategy_beside_a_recipe_takes_the_place_of_its_own() -> None:
+    """As plan, compare and fit print it: nothing of the recipe's strategy is left beside it."""
+    spec = compose(["recipe=qwen_7b_lora_4xa10", "fsdp=full_shard"])
+    assert spec.strategy == compose(["model=qwen_7b", "cluster=4xa10", "tuning=lora", "fsdp=full_shard"]).strategy
+    assert compose(["recipe=gemma_7b_pretrain_1xt4", "zero=none", "tuning=qlora", "optimizer=adamw"]).strategy.label == "plain"
+    kept = compose(["recipe=gemma_7b_pretrain_1xt4", "data.seq_len=512"])
+    assert kept.strategy == compose(["recipe=gemma_7b_pretrain_1xt4"]).strategy
+    candidates = compare(["recipe=qwen_14b_qlora_24gb"], basis="layout")
+    for made in candidates[:3]:
+        assert plan(["recipe=qwen_14b_qlora_24gb", *made.words.split()], basis="layout").memory == made.memory
+
+
 def test_every_weight_of_a_tied_model_is_trained_tied() -> None:
     made = plan(["recipe=llama32_1b_pretrain_1xt4", "tuning=full", "batch.micro=1", "recompute=full"], basis="layout")
     assert (f"{made.memory.used / GIB:.1f}", made.verdict) == ("13.4", "fits")
@@ -56,11 +116,11 @@ def test_plain_adapters_do_not_fit_where_the_recipe_does() -> None:
 def test_zero_2_hardly_helps_adapters() -> None:
     used = {
         words: plan(["recipe=qwen_7b_lora_4xa10", *words.split()], basis="layout").memory.used
-        for words in ("zero=stage0", "zero=stage2", "zero=stage3", "zero=stage3 offload=cpu", "zero=none fsdp=full_shard")
+        for words in ("zero=stage0", "zero=stage2", "zero=stage3", "zero=stage3 offload=cpu", "fsdp=full_shard")
     }
     assert abs(used["zero=stage2"] - used["zero=stage0"]) < 0.05 * used["zero=stage0"]
     assert used["zero=stage3 offload=cpu"] < used["zero=stage3"] < 0.7 * used["zero=stage2"]
-    assert used["zero=none fsdp=full_shard"] < 0.75 * used["zero=stage2"]
+    assert used["fsdp=full_shard"] < 0.75 * used["zero=stage2"]
 
 
 @pytest.mark.parametrize("micro", [6, 4])
