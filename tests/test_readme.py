@@ -23,6 +23,7 @@ from orchestrator.config import compose
 from orchestrator.config.catalog import groups, keys
 from orchestrator.config.entry import sweep
 from orchestrator.layout import Layout, lay_out, parameter_table
+from orchestrator.planner.predict import by_layout
 from orchestrator.spec import Home
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +148,17 @@ TUNINGS = re.findall(r"^\| `(tuning=[^`]+)` \|(.*)\|$", README, re.MULTILINE)
 def test_the_table_of_what_is_trained_is_the_layouts(tuning: str, cells: str) -> None:
     strategies = ("zero=none", "zero=stage2", "zero=stage3", "fsdp=full_shard")
     expected = [f"{layout_of(name, tuning)[0].rest_bytes(Home.GPU) / GIB:.1f}" for name in strategies]
-    assert [cell.strip() for cell in cells.split("|")][1:5] == expected
+    fixed = "model=llama3_8b cluster=4xa10 zero=stage3 data.seq_len=2048 batch.micro=4"
+    assert fixed in README
+    expected.append(f"{plan([*fixed.split(), *tuning.split()], basis='layout').seconds:.2f}")
+    assert [cell.strip() for cell in cells.split("|")][1:6] == expected
+
+
+def test_what_compiling_saves_is_the_plans() -> None:
+    stated = re.search(r"without it `(zero=stage2)` takes ([\d.]+) s", README)
+    assert stated
+    fixed = "model=llama3_8b cluster=4xa10 tuning=lora data.seq_len=2048 batch.micro=4"
+    assert f"{plan([*fixed.split(), stated[1]], basis='layout').seconds:.2f}" == stated[2]
 
 
 KEPT = re.findall(r"^\| `((?:loss|recompute|compile|attention)[.=][^`]+)` \|(.*)\|$", README, re.MULTILINE)
@@ -157,7 +168,8 @@ KEPT = re.findall(r"^\| `((?:loss|recompute|compile|attention)[.=][^`]+)` \|(.*)
 def test_the_table_of_what_a_step_keeps_is_the_plans(words: str, cells: str) -> None:
     fixed = "model=llama3_8b cluster=4xa10 tuning=lora zero=stage3 data.seq_len=2048 batch.micro=4"
     assert fixed in README
-    made = plan([*fixed.split(), *words.split()], basis="layout")
+    typed = {word.partition("=")[0]: word for word in (*fixed.split(), *words.split())}
+    made = plan(list(typed.values()), basis="layout")
     expected = [f"{made.memory.used / GIB:.1f}", f"{made.seconds:.2f}"]
     assert [cell.strip() for cell in cells.split("|")][1:3] == expected
 
@@ -208,5 +220,8 @@ def test_the_table_of_optimizers_is_the_layouts(name: str, cells: str) -> None:
     table = parameter_table(spec)
     assert table is not None
     states = sum(row.bytes for row in lay_out(spec, table).rows if row.line == "moments")
-    expected = [f"{states * 4 / sum(p.numel for p in table):.2f}", f"{states / GIB:.1f}"]
-    assert [cell.strip() for cell in cells.split("|")][:2] == expected
+    time = by_layout(spec, table).time
+    assert time is not None
+    update = f"{time.update:.1f}" if time.update >= 1 else f"{time.update:.2f}"
+    expected = [f"{states * 4 / sum(p.numel for p in table):.2f}", f"{states / GIB:.1f}", update]
+    assert [cell.strip() for cell in cells.split("|")][:3] == expected

@@ -100,13 +100,25 @@ class _Pass:
     moved: float
 
 
+def _scores(spec: RunSpec, s: Sizes) -> float:
+    """Bytes that `attention=eager` moves for each token of a block: products, scale, mask, softmax in fp32 and its cast pass
+    over every pair of positions (transformers, eager_attention_forward)."""
+    return spec.data.seq_len * s.heads * (8 * s.c + 2 * FP32) if spec.attention == "eager" else 0.0
+
+
 def _blocks(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, s: Sizes) -> _Pass:
-    """The forward of all blocks. Two FLOP for each weight, four for each earlier token and query width, half of it causal."""
+    """The forward of all blocks. Two FLOP for each weight; four for each earlier token and query width, and for each later one
+    too where the kernel does not leave it out."""
     weights = sum(p.numel for p in table if p.block >= 0 and len(p.shape) == 2) / spec.strategy.tp
-    attention = 4 * spec.data.seq_len / 2 * s.query * shape.num_hidden_layers
+    seen = spec.data.seq_len / (1 if spec.attention == "eager" else 2)
+    attention = 4 * seen * s.query * shape.num_hidden_layers
     # Norms pass six times over fp32 copies, the residual twice, rotary four times, the MLP's product over three tensors.
     moved = (2 * (6 * FP32 + 6 * s.c) + 6 * s.c) * s.hidden + 9 * s.c * (s.query + s.key) + 5 * s.c * s.inner
-    return _Pass(2 * weights, attention, moved * shape.num_hidden_layers)
+    if spec.compile != "none":
+        # One kernel from product to product: a norm with the sum before it reads two tensors and writes two, rotary and the
+        # MLP's product read and write once (inductor fuses what is elementwise with the reductions beside it).
+        moved = 2 * 4 * s.c * s.hidden + 2 * s.c * (s.query + s.key) + 3 * s.c * s.inner
+    return _Pass(2 * weights, attention, (moved + _scores(spec, s)) * shape.num_hidden_layers)
 
 
 def _head(s: Sizes) -> _Pass:
@@ -114,8 +126,9 @@ def _head(s: Sizes) -> _Pass:
     return _Pass(2 * s.hidden * s.vocabulary, 0, (s.c + 3 * FP32) * s.vocabulary)
 
 
-ATTENTION_BACKWARD = 2.5
-"""FLOP of the flash backward for each of the forward: five products for two (arXiv:2307.08691, section 4.1)."""
+ATTENTION_BACKWARD = {"eager": 2.0, "sdpa": 2.5, "flash": 2.5}
+"""FLOP of the backward of attention for each of the forward: four products for two, and in the flash kernels, which make the
+scores again, five (arXiv:2307.08691, section 4.1)."""
 
 
 def _seconds(work: _Pass, factor: float, spec: RunSpec, tokens: int, attention_factor: float = 1.0) -> float:
@@ -206,7 +219,7 @@ def step_time(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> S
     alone = spec.tuning.kind == "head"  # its backward ends before the blocks, and is of its weights alone
     learned = 2.0 if HEAD in spec.tuning.modules else backward_factor
     backward = _seconds(head, learned, spec, tokens)
-    backward += 0.0 if alone else _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD)
+    backward += 0.0 if alone else _seconds(blocks, backward_factor, spec, tokens, ATTENTION_BACKWARD[spec.attention])
     again = 0.0 if alone else _again(blocks, spec, shape, tokens)
     unpacking = _unpacking(spec, table)
     measuring = _measuring(spec, table)
