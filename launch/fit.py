@@ -36,17 +36,22 @@ def fit(overrides: list[str]) -> int:
         for done, candidate in enumerate(every, start=1):
             found.append(ladder(candidate))
             advance(done, len(every), candidate.words)
-    fitting = [rung for rung in found if rung.micro]
-    helps = () if fitting else remedies(every)
-    runs = sweep(rest)
-    steps = climb(compose(runs[0], local=local_cluster, strict=False)) if len(runs) == 1 else ()
+        advance(len(every), len(every), "what would help")
+        fitting = [rung for rung in found if rung.micro]
+        helps = () if fitting else remedies(every)
+        runs = sweep(rest)
+        steps = climb(compose(runs[0], local=local_cluster, strict=False)) if len(runs) == 1 else ()
     if values["format"] == "json":
-        parts = {"ladder": found, "fixes": helps, "climb": steps}
-        print(json.dumps({name: [asdict(item) for item in items] for name, items in parts.items()}, indent=2))
+        parts = {
+            "ladder": [asdict(rung) for rung in found],
+            "fixes": [asdict(fix) for fix in helps],
+            "climb": [asdict(step) for step in steps],
+        }
+        print(json.dumps(parts, indent=2))
     else:
-        plans.show(ladders.table(found, helps))
+        plans.show(ladders.table(found, helps, plans.width()))
         if steps:
-            plans.show(ladders.rungs(steps))
+            plans.show(ladders.rungs(steps, plans.width()))
     return 0 if fitting else MisfitError.exit_code
 
 

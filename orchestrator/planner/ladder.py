@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.planner.candidates import Candidate
 from orchestrator.planner.fixes import fixes
-from orchestrator.planner.plan import FITS, Fix, Plan
+from orchestrator.planner.plan import MARGIN, Fix, Plan
 from orchestrator.planner.predict import by_layout, table_for
 from orchestrator.spec import Batch, Parameter, RunSpec
 from orchestrator.units import ceil_div
@@ -54,17 +54,34 @@ def with_length(spec: RunSpec, seq_len: int) -> RunSpec:
     return replace(spec, data=replace(spec.data, seq_len=seq_len))
 
 
-def largest(passes: Callable[[int], bool], most: int) -> int:
-    """The largest n of 1..`most` that passes, where all below it do too; 0 if not even 1 does."""
-    if not passes(1):
+def spare(plan: Plan) -> float:
+    """Bytes that a plan leaves of what it may fill and still be called safe, of the memory that is nearest to its end; negative
+    where it is not."""
+    share = 1 - MARGIN[plan.basis]
+    rooms = [(plan.memory.used, plan.memory.limit * share), (plan.host.need, plan.host.limit * share)]
+    return min(limit - need for need, limit in (*rooms, (plan.nvme.need, plan.nvme.limit)) if limit)
+
+
+def largest(left: Callable[[int], float], most: int) -> int:
+    """The largest n of 1..`most` of which `left` is not negative; 0 if it is of 1. `left` falls with n, about in a line: each
+    guess is where the line through the last two meets zero, and halves what lies between them where that hardly moves."""
+    low, high = 1, most
+    at_low, at_high = left(low), left(high)
+    if at_low < 0:
         return 0
-    low, high = 1, 2
-    while high <= most and passes(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
+    if at_high >= 0:
+        return most
+    guessed = True
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if passes(middle) else (low, middle)
+        before = high - low
+        on_line = low + int(before * at_low / (at_low - at_high))
+        middle = min(max(on_line if guessed else low + before // 2, low + 1), high - 1)
+        found = left(middle)
+        if found >= 0:
+            low, at_low = middle, found
+        else:
+            high, at_high = middle, found
+        guessed = high - low <= before // 2 or not guessed
     return low
 
 
@@ -78,8 +95,8 @@ def ladder(candidate: Candidate) -> Rung:
     def plan_at(micro: int, seq_len: int) -> Plan:
         return by_layout(with_length(with_micro(spec, micro), seq_len), table)
 
-    micro = largest(lambda size: plan_at(size, spec.data.seq_len).verdict == FITS, LARGEST_MICRO)
-    steps = largest(lambda count: plan_at(1, count * LENGTH_STEP).verdict == FITS, max(1, bound // LENGTH_STEP))
+    micro = largest(lambda size: spare(plan_at(size, spec.data.seq_len)), LARGEST_MICRO)
+    steps = largest(lambda count: spare(plan_at(1, count * LENGTH_STEP)), max(1, bound // LENGTH_STEP))
     best = plan_at(max(1, micro), spec.data.seq_len)
     return Rung(
         candidate.words,

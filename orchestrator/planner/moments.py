@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.layout import Layout, lay_out
+from orchestrator.layout import Layout
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner.activations import FP32, Activations, activations
 from orchestrator.planner.device import overhead
@@ -203,10 +203,10 @@ def _joined(parameter: Parameter, part: Parameter) -> int:
 
 
 def card_moments(
-    spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, rank: int = 0, loss: LossCode | None = None
+    spec: RunSpec, table: Sequence[Parameter], shape: ModelShape, layout: Layout, loss: LossCode | None = None
 ) -> tuple[Moment, ...]:
-    """What the card of rank `rank` holds at each instant, in the order of a run, optimizer states present (second step on)."""
-    layout = lay_out(spec, table, rank)
+    """What the card of `layout`'s rank holds at each instant, in the order of a run, optimizer states present (second step
+    on)."""
     unpacked, rows = _unpacked(spec, table), _measuring(spec, table)
     loading = _quantising(spec, table)
     table = stored(table, spec.precision.compute)
@@ -263,15 +263,12 @@ def card_moments(
     )
 
 
-def host_lines(
-    spec: RunSpec, table: Sequence[Parameter], home: Home, rank: int = 0, shape: ModelShape | None = None
-) -> dict[str, int]:
-    """Bytes by line that rank `rank` keeps in host memory or on NVMe, at the fullest phase; with the
-    model's `shape`, the activations that wait there too."""
-    layout = lay_out(spec, table, rank)
+def host_lines(spec: RunSpec, layout: Layout, home: Home, shape: ModelShape) -> dict[str, int]:
+    """Bytes by line that the rank of `layout` keeps in host memory or on NVMe, at the fullest phase, the activations that wait
+    there too."""
     rest = _resting(layout, "step", home)
     moving = [_moving(layout, phase, home) for phase in ("load", "forward", "backward", "step", "save")]
-    waiting = activations(spec, shape).host if shape is not None and home is Home.CPU else 0
+    waiting = activations(spec, shape).host if home is Home.CPU else 0
     return _sum(rest, max(moving, key=lambda lines: sum(lines.values())), {"activations": waiting})
 
 

@@ -113,7 +113,7 @@ def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
         if not spec.cluster.nvme_bytes:
             notes.append("NVMe is not held against a limit: cluster.nvme_gib states it")
     if spec.compile != "none":
-        notes.append("planned as if the blocks were not compiled: compiled they keep and move less")
+        notes.append("memory is planned as if the blocks were not compiled: compiled they keep less")
     if spec.strategy.ranks > spec.cluster.cards_per_node:
         notes.append(f"{device.NETWORK_GB_PER_S:.1f} GB/s assumed between machines")
     return tuple(notes)
@@ -166,9 +166,10 @@ def _largest_first(lines: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
 def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, loss: LossCode | None = None) -> Plan:
     """The Plan of `spec` from its Layout and the activation estimate: milliseconds, no torch for the known families."""
     table = table_for(spec) if table is None else table
-    moments = card_moments(spec, table, shape_for(spec), rank, loss)
+    layout, shape = lay_out(spec, table, rank), shape_for(spec)
+    moments = card_moments(spec, table, shape, layout, loss)
     fullest = largest(moments)
-    elsewhere = {home: host_lines(spec, table, home, rank, shape_for(spec)) for home in (Home.CPU, Home.NVME)}
+    elsewhere = {home: host_lines(spec, layout, home, shape) for home in (Home.CPU, Home.NVME)}
     host, nvme = _host(spec, table, elsewhere[Home.CPU]), _disk(spec, sum(elsewhere[Home.NVME].values()))
     memory = _card(spec, fullest.bytes, align_up(fullest.bytes, LARGE_BLOCK))
     if spec.cluster.card.name == device.CPU:  # one memory holds both

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
+from functools import lru_cache
 
 from orchestrator.spec.model import ModelShape, Parameter
 
@@ -36,6 +37,7 @@ HEAD_NORMS = ("q_norm", "k_norm")
 """Norms inside attention (Qwen3): one weight for all heads, of which a rank sees its own."""
 
 
+@lru_cache(maxsize=2**16)
 def division(name: str) -> Division:
     """How the parameter `name` is divided; names are those of the module, PEFT's included."""
     *path, leaf = name.replace(".base_layer.", ".").split(".")
@@ -60,6 +62,8 @@ def divided(parameter: Parameter, size: int) -> Parameter:
 
 def divided_table(table: Sequence[Parameter], size: int) -> tuple[Parameter, ...]:
     """What one of `size` ranks holds of each parameter of `table`."""
+    if size == 1:
+        return tuple(table)
     return tuple(divided(parameter, size) for parameter in table)
 
 

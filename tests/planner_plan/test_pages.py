@@ -125,7 +125,7 @@ def test_options_of_a_script_are_told_from_overrides():
     assert "valid: text, json" in str(refused.value) and "write out=plans" in str(refused.value)
 
 
-def test_progress_is_shown_on_a_terminal_alone():
+def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere():
     file = io.StringIO()
     with progress("plan", Console(file=file, force_terminal=True, width=100)) as advance:
         advance(1, 2, "zero=stage1")
@@ -134,6 +134,10 @@ def test_progress_is_shown_on_a_terminal_alone():
     with progress("plan", Console(file=quiet)) as advance:
         advance(1, 2, "zero=stage1")
     assert quiet.getvalue() == ""
+    slow = io.StringIO()
+    with progress("plan", Console(file=slow), between=0.0) as advance:
+        advance(1, 2, "zero=stage1")
+    assert slow.getvalue().startswith("plan     1 of 2 after ")
 
 
 def test_nothing_is_left_in_the_working_folder(some, tmp_path, monkeypatch):

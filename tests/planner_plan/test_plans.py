@@ -221,10 +221,19 @@ def test_an_unknown_family_is_planned_from_its_config_alone(tmp_path):
     assert made.fits and made.model == tmp_path.name
 
 
-def test_the_search_finds_the_largest_that_passes():
-    for most in (1, 2, 3, 7, 8, 100):
-        for true in range(most + 1):
-            assert largest(lambda n, true=true: n <= true, most) == true
+@pytest.mark.parametrize("curve", [lambda n: n, lambda n: n * n, lambda n: 50 * (n > 9) + n, lambda n: 1.02**n])
+def test_the_search_finds_the_largest_that_passes(curve):
+    """In few guesses, as each is a plan: whatever the need grows like, and where it jumps."""
+    for most in (1, 2, 3, 7, 8, 100, 1024):
+        for true in {0, 1, 2, 8, 9, 10, most - 1, most} & set(range(most + 1)):
+            asked = []
+
+            def left(n, true=true, asked=asked):
+                asked.append(n)
+                return curve(true + 0.5) - curve(n) if true else -1.0
+
+            assert largest(left, most) == true
+            assert len(asked) <= 2 * most.bit_length() + 2
 
 
 def test_the_ladder_ends_where_it_stops_fitting():
