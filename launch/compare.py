@@ -23,7 +23,7 @@ def compare_runs(paths: list[str], out: Path) -> int:
     from orchestrator.report.record import load
 
     records = [load(Path(path).expanduser()) for path in paths]
-    plans.show(runs.table(records))
+    plans.show(runs.table(records, plans.width()))
     print(f"\npicture {runs.draw(records, out / 'runs.png')}")
     return 0
 

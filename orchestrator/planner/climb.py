@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from orchestrator.planner.candidates import Candidate, candidates
+from orchestrator.planner.candidates import candidates
 from orchestrator.planner.device import CPU
 from orchestrator.planner.fixes import SHORTEST, smaller_batches
 from orchestrator.planner.plan import FITS, Plan
@@ -76,7 +76,7 @@ def _shorter(spec: RunSpec) -> Iterator[Rung]:
 
 def _moved(spec: RunSpec, name: str, words: str) -> Iterator[Rung]:
     """`spec` under the strategy that `words` name, unless it is that already or nothing like it can run."""
-    found = {candidate.words: candidate.spec for candidate in candidates(spec, ("none",))}
+    found = {candidate.words: candidate.spec for candidate in candidates(replace(spec, recompute="none"), ("none",))}
     other = found.get(words)
     if other is not None and other.strategy.label != spec.strategy.label:
         yield name, words, replace(other, recompute=spec.recompute)
@@ -99,20 +99,27 @@ RUNGS = (_half, _smaller, _recompute, _low_bits, _four_bits, _shorter, _shard, _
 """From the cheapest to the dearest, in the order in which people try them."""
 
 
-def _foot(spec: RunSpec) -> Candidate:
+ASKED, UNDIVIDED = "as asked", "nothing divided"
+
+
+def _foot(spec: RunSpec) -> Rung:
     """Where the climb begins: the run itself, or where several ranks name no strategy the one that divides least."""
-    every = candidates(spec, (spec.recompute,))
     if spec.strategy.engine is Engine.PLAIN and spec.strategy.ranks > 1:
-        return every[0]
-    return Candidate("as asked", spec)
+        least = candidates(spec, (spec.recompute,))[0]
+        return UNDIVIDED, least.words, least.spec
+    return ASKED, "", spec
+
+
+WORTH = 0.005
+"""Share of what is used that a rung must save to be climbed: a low-bit optimizer does nothing for adapters."""
 
 
 def climb(spec: RunSpec) -> tuple[Step, ...]:
-    """Every rung from `spec` upwards, by the Layout, each on top of those before it. Neither 8-bit states nor a base in 4 bits
-    can rest on a disk: that rung goes without them."""
-    foot = _foot(spec)
-    before, plan = foot.spec, by_layout(foot.spec)
-    steps = [_step("as asked", "" if foot.words == "as asked" else foot.words, plan, None)]
+    """Every rung from `spec` upwards that saves something, by the Layout, each on top of those before it. Neither 8-bit states
+    nor a base in 4 bits can rest on a disk: that rung goes without them."""
+    name, words, before = _foot(spec)
+    plan = by_layout(before)
+    steps = [_step(name, words, plan, None)]
     for rung in RUNGS:
         start = before
         if rung is _disk:
@@ -121,6 +128,8 @@ def climb(spec: RunSpec) -> tuple[Step, ...]:
             dropped = [f"optimizer={spec.optimizer.name}"] if start.optimizer != before.optimizer else []
             dropped += [f"tuning={spec.tuning.kind}"] if start.tuning != before.tuning else []
             made = by_layout(other)
+            if rung is not _disk and plan.memory.used - made.memory.used < WORTH * plan.memory.used:
+                continue
             steps.append(_step(name, " ".join([words, *dropped]), made, plan))
             before, plan = other, made
     return tuple(steps)

@@ -9,7 +9,7 @@ from orchestrator.config.optimizer import suits
 from orchestrator.planner.candidates import RECOMPUTE, candidates
 from orchestrator.planner.plan import Fix, Plan
 from orchestrator.planner.predict import by_layout, table_for
-from orchestrator.spec import LINEARS, Batch, Parameter, RunSpec, Tuning
+from orchestrator.spec import LINEARS, Batch, Home, Parameter, RunSpec, Tuning
 
 MOST = 4
 """Fixes shown at once."""
@@ -33,9 +33,10 @@ def other_strategies(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     if spec.recompute == RECOMPUTE[0]:
         yield "recompute=full", replace(spec, recompute="full")
     kinds = RECOMPUTE if spec.recompute == RECOMPUTE[0] else (spec.recompute,)
+    away = spec.strategy.optimizer_home is not Home.GPU  # then a strategy that keeps all on the card must say so
     for candidate in candidates(spec, kinds):
         if candidate.spec.strategy.label != spec.strategy.label:
-            yield candidate.words, candidate.spec
+            yield candidate.words + (" offload=none" if away and "offload=" not in candidate.words else ""), candidate.spec
 
 
 def both(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
@@ -75,7 +76,7 @@ def adapters(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
     for tuning in tunings:
         other = replace(spec, tuning=tuning)
         yield f"tuning={tuning.kind}", other
-        for words, further in (*other_strategies(other), *both(other)):
+        for words, further in (*smaller_batches(other), *other_strategies(other), *both(other)):
             yield f"tuning={tuning.kind} {words}", further
 
 

@@ -41,8 +41,8 @@ def beside(measured: DryRun, predicted: Rehearsal) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any], title: str) -> RenderableType:
-    """The table of `beside`."""
+def show(result: dict[str, Any], title: str, stand_in: str = "") -> RenderableType:
+    """The table of `beside`; `stand_in` names the card in whose place the CPU has run."""
     table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
     for number, header in enumerate(("MiB", "measured", "predicted", "apart")):
         table.add_column(header, justify="left" if number == 0 else "right")
@@ -53,6 +53,11 @@ def show(result: dict[str, Any], title: str) -> RenderableType:
                 apart = f"{error_of(found, told):+.2%}" if found else "-"
                 table.add_row(f"{row['phase']}, {kind}", f"{found / MIB:.1f}", f"{told / MIB:.1f}", apart)
     parts: list[RenderableType] = [table]
+    if stand_in:
+        parts.append(
+            f"\nNo GPU was used: the tensors of a rank on {stand_in} were made on the CPU. What a card adds by itself "
+            "(context, NCCL, workspaces, its allocator's rounding) is not in them: launch/plan.py predicts that."
+        )
     if result["error"]:
         parts.append(result["error"])
     if result["differing_operations"]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from orchestrator.ledger import PHASES
 from orchestrator.planner.plan import FITS, MARGIN, REHEARSAL, SHORT, Plan
+from orchestrator.report.grid import grid, within
 from orchestrator.units import GIB, format_bytes, format_count, format_seconds
 
 SMALL = 1 / 200
@@ -130,8 +131,6 @@ def one(plan: Plan) -> RenderableType:
 DROPPED = ("other", "logits", "activations", "at rest", "tokens/s", "of", "host GiB")
 """Columns of the table of many plans that go first where it is too wide, in this order."""
 
-GAP = 2
-
 
 def many(plans: Sequence[Plan], width: int = WIDE) -> RenderableType:
     """One line for each plan: what it needs of what, how long a step takes, and whether it fits; below, what all share. Columns
@@ -143,14 +142,7 @@ def many(plans: Sequence[Plan], width: int = WIDE) -> RenderableType:
         del columns["basis"]
     if len(limits) == 1:
         del columns["of"]
-    for name in DROPPED:
-        if sum(max(map(len, map(str, (name, *cells)))) + GAP for name, cells in columns.items()) - GAP <= width:
-            break
-        columns.pop(name, None)
-    table = _plain_table(*columns)
-    table.columns[0].no_wrap = False  # long names take two lines where even these columns are too many
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
+    table = grid(within(columns, DROPPED, width), left=("strategy",))
     said = f"{sum(plan.fits for plan in plans)} of {len(plans)} fit"
     if len(limits) == 1:
         said += f" {'the card' if plans[0].card != 'cpu' else 'the memory'} of {format_bytes(*limits)}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
+from orchestrator.report.grid import grid, wide, within
 from orchestrator.report.plan_picture import write
+from orchestrator.report.plans import WIDE
 from orchestrator.report.record import Record
 from orchestrator.report.tables import drift
 from orchestrator.units import GIB, format_bytes, format_seconds
@@ -26,24 +28,52 @@ def step_seconds(record: Record) -> float:
     return float(seconds[len(seconds) // 2])
 
 
-def table(records: Sequence[Record]) -> RenderableType:
-    """One line for each run: predicted, then every rank with the prediction's error; predicted and measured step."""
+def _held(record: Record) -> list[str]:
+    """What each rank held, with the prediction's error where there was one."""
+    field, _ = meter(record)
+    held = [account["memory"][field] for account in record.ranks]
+    return [drift(record.plan.memory.used, count) if record.plan is not None else format_bytes(count) for count in held]
+
+
+def _cells(record: Record) -> dict[str, str]:
+    """What the ranks of a run have in common."""
+    plan = record.plan
+    planned = format_seconds(plan.seconds) if plan is not None and plan.seconds is not None else "-"
+    return {
+        "run": record.path.name,
+        "strategy": plan.words if plan is not None else record.spec.strategy.label,
+        "predicted": format_bytes(plan.memory.used) if plan is not None else "-",
+        "step predicted": planned,
+        "step measured": format_seconds(step_seconds(record)),
+    }
+
+
+LEFT = ("run", "strategy", "rank")
+DROPPED = ("step predicted", "strategy")
+"""Columns that go first where even a line for each rank is too wide, in this order."""
+
+
+def table(records: Sequence[Record], width: int = WIDE) -> RenderableType:
+    """Predicted, then every rank with the prediction's error; predicted and measured step. One line for each run where that
+    goes into `width` characters, else one for each rank."""
+    meters = dict.fromkeys(meter(record)[1] for record in records)
+    said = Text(f"\n{' and '.join(meters)}, with the prediction's error: + is predicted too much")
     most = max(len(record.ranks) for record in records)
-    grid = Table(box=None, padding=(0, 2, 0, 0))
-    headers = ["run", "strategy", "meter", "predicted", *(f"rank {rank}" for rank in range(most)), "step predicted", "measured"]
-    for number, header in enumerate(headers):
-        grid.add_column(header, justify="left" if number < 3 else "right", no_wrap=True)
-    for record in records:
-        field, name = meter(record)
-        held = [account["memory"][field] for account in record.ranks]
-        plan = record.plan
-        cells = [drift(plan.memory.used, count) if plan is not None else format_bytes(count) for count in held]
-        cells += ["-"] * (most - len(cells))
-        expected = format_bytes(plan.memory.used) if plan is not None else "-"
-        planned = format_seconds(plan.seconds) if plan is not None and plan.seconds is not None else "-"
-        words = plan.words if plan is not None else record.spec.strategy.label
-        grid.add_row(record.path.name, words, name, expected, *cells, planned, format_seconds(step_seconds(record)))
-    return grid
+    shared = [_cells(record) for record in records]
+    columns: dict[str, list[str]] = {name: [cells[name] for cells in shared] for name in ("run", "strategy", "predicted")}
+    for rank in range(most):
+        columns[f"rank {rank}"] = [held[rank] if rank < len(held) else "-" for held in map(_held, records)]
+    columns |= {name: [cells[name] for cells in shared] for name in ("step predicted", "step measured")}
+    if wide(columns) <= width:
+        return Group(grid(columns, LEFT), said)
+    rows = [
+        {name: text if rank == 0 else "" for name, text in cells.items()} | {"rank": str(rank), "measured": count}
+        for record, cells in zip(records, shared, strict=True)
+        for rank, count in enumerate(_held(record))
+    ]
+    names = ("run", "strategy", "rank", "predicted", "measured", "step predicted", "step measured")
+    tall = {name: [row[name] for row in rows] for name in names}
+    return Group(grid(within(tall, DROPPED, width), LEFT), said)
 
 
 def draw(records: Sequence[Record], path: Path) -> Path:

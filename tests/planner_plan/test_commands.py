@@ -52,7 +52,7 @@ def test_compare_writes_a_table_a_picture_and_a_page(tmp_path):
 
 def test_fit_says_how_far_it_goes_or_what_would_help(tmp_path):
     done = call("fit.py", *LORA, "zero=stage3", "recompute=full", cwd=tmp_path)
-    assert done.returncode == 0 and "8192 (model limit)" in done.stdout
+    assert done.returncode == 0 and "8192 (model's)" in done.stdout
     short = call("fit.py", "model=llama3_70b", "tuning=lora", "cluster=1xa10", "zero=stage1", cwd=tmp_path)
     assert short.returncode == 3 and "Nothing fits as asked" in short.stdout and "->" in short.stdout
     data = json.loads(call("fit.py", *LORA, "zero=stage3", "format=json", cwd=tmp_path).stdout)
