@@ -14,13 +14,14 @@ from orchestrator.config import compose, run_app
 
 
 def dryrun(overrides: list[str]) -> int:
-    """Rehearse, run, and print both; the exit code: 0, or 3 where the device ran out of memory."""
+    """Rehearse, run, and print both; the exit code: 0, or 3 where the device ran out of memory, or certainly would."""
     from rich.console import Console
 
     from orchestrator.cluster.local import local_cluster
     from orchestrator.errors import ConfigError, Fault, MisfitError
-    from orchestrator.planner.dryrun import dry_run
+    from orchestrator.planner.dryrun import check_host, dry_run
     from orchestrator.planner.rehearsal import rehearse
+    from orchestrator.report import plans
     from orchestrator.report.arguments import choices
     from orchestrator.report.dryruns import beside, show
 
@@ -38,13 +39,18 @@ def dryrun(overrides: list[str]) -> int:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    predicted = rehearse(spec, int(number))
-    result = beside(dry_run(spec, int(number), device), predicted)
+    elsewhere = device == "cpu" and spec.cluster.card.name != "cpu"
+    if elsewhere:
+        check_host(spec)
+    with Console(stderr=True).status("rehearsing") as status:
+        predicted = rehearse(spec, int(number))
+        status.update(f"two steps on {device}")
+        result = beside(dry_run(spec, int(number), device), predicted)
     if values["format"] == "json":
         print(json.dumps(result, indent=2))
     else:
         title = f"{spec.strategy.label}, rank {number} of {spec.strategy.ranks}, on {result['device']}"
-        Console().print(show(result, title))
+        plans.show(show(result, title, stand_in=spec.cluster.card.name if elsewhere else ""))
     return MisfitError.exit_code if result["error"] else 0
 
 

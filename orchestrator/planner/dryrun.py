@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,15 +24,18 @@ import torch
 import torch.distributed as dist
 
 from orchestrator import model as models
+from orchestrator.cluster.local import host_bytes
 from orchestrator.engine import deepspeed_alone
 from orchestrator.engine.protocol import Engine, Weights
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import Fault, MisfitError, OrchestratorError
 from orchestrator.planner import fake
 from orchestrator.planner.performance import Performance
+from orchestrator.planner.predict import by_layout
 from orchestrator.planner.trace import Trace
 from orchestrator.planner.tracer import Tracer
 from orchestrator.spec import Engine as Kind
 from orchestrator.spec import Parameter, RunSpec, from_json, to_json
+from orchestrator.units import format_bytes
 
 SHOWN_OPERATIONS = 8
 
@@ -77,6 +81,21 @@ class DryRunError(OrchestratorError):
     """The dry run ended for another reason than memory."""
 
     title = "The dry run failed"
+
+
+def check_host(spec: RunSpec) -> None:
+    """Nothing, where the memory of this machine holds what one rank of `spec` would hold on a card and beside it.
+
+    Raises:
+        MisfitError: it does not, by the Layout: the kernel would end the process without a word.
+    """
+    made = by_layout(spec)
+    need, there = made.memory.allocated + made.host.need, host_bytes()
+    if need <= there:
+        return
+    problem = f"no card is used, and one rank holds {format_bytes(need)} in all, of {format_bytes(there)} of host memory"
+    remedy = "launch/plan.py basis=rehearsal predicts it without that memory; or try it on a GPU, or with a smaller model"
+    raise MisfitError(Fault("device=cpu", problem, remedy))
 
 
 class _Nothing(Weights):
@@ -168,14 +187,22 @@ def dry_run(spec: RunSpec, rank: int = 0, device: str = "cuda", *, timeout: floa
     """What rank `rank` of `spec.strategy.ranks` really holds on `device` ("cuda" or "cpu"). Runs in a child process.
 
     Raises:
-        DryRunError: the child ended for another reason than memory; carries its last words.
+        DryRunError: the child ended for another reason than memory, or not within `timeout` seconds; carries its last words.
     """
     request = json.dumps({"spec": to_json(spec), "rank": rank, "device": device})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run(
-        [sys.executable, "-m", "orchestrator.planner.dryrun"],
-        input=request, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
-    )  # fmt: skip
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "orchestrator.planner.dryrun"],
+            input=request, capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        problem = f"two steps took longer than {timeout:.0f} s on {device}"
+        remedy = "use fewer tokens (data.seq_len, batch.micro) or a smaller model"
+        raise DryRunError(Fault(spec.strategy.label, problem, remedy)) from error
+    if child.returncode == -signal.SIGKILL:
+        problem = "the kernel ended it, mostly because the machine's memory was full"
+        raise DryRunError(Fault(spec.strategy.label, problem, "use a smaller model, or launch/plan.py basis=rehearsal"))
     if child.returncode != 0:
         words = "\n".join(child.stderr.strip().splitlines()[-12:])
         raise DryRunError(f"{spec.strategy.label}: the dry run ended with code {child.returncode}\n{words}")
