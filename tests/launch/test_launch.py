@@ -120,6 +120,26 @@ def test_lora_under_fsdp_as_torchrun_starts_it(tmp_path):
     assert (tmp_path / "runs" / "tiny-lora-fsdp-full_shard" / "export" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        (["tensor=2"], 2),
+        pytest.param(["fsdp=full_shard", "tensor=2"], 4, marks=pytest.mark.slow),
+    ],
+    ids=["tensor=2", "fsdp=full_shard tensor=2"],
+)
+def test_ranks_that_compute_together_learn_what_one_learns(trained, tmp_path, words, ranks):
+    launcher = [Path(sys.executable).parent / "torchrun", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    done = call([*launcher, LAUNCH / "train.py", *words, "run.dir=together", *SMALL], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (tmp_path / "together", trained / "runs" / "tiny-full-plain")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (tmp_path / "together" / "export" / "model.safetensors").exists()
+
+
 def test_a_fault_of_the_configuration_is_said_once_by_two_ranks(tmp_path):
     launcher = [Path(sys.executable).parent / "torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = call([*launcher, LAUNCH / "train.py", "fsdp=full_shard", "batch.global_size=7"], tmp_path)

@@ -32,6 +32,7 @@ TUNINGS = {
     "int8": replace(LORA, kind="qlora", quant="int8"),
     "dora": replace(LORA, dora=True),
     "head": s.Tuning("head"),
+    "packed_head": s.Tuning("head", quant="nf4"),
     "modules": replace(LORA, modules=("embed_tokens", "lm_head", "norm")),
 }
 
@@ -46,11 +47,14 @@ class Case:
     accumulation: int
     loss: str = "chunked"
     optimizer: str = "adamw"
+    gradients: str | None = None
+    attention: str = "sdpa"
 
     @property
     def name(self) -> str:
-        other = "" if self.optimizer == "adamw" else f"-{self.optimizer}"
-        return f"{self.strategy}-{self.tuning}-{self.compute}-{self.recompute}-{self.loss}-x{self.accumulation}{other}"
+        words = [self.strategy, self.tuning, self.compute, self.recompute, self.loss, f"x{self.accumulation}"]
+        words += [word for word in (self.optimizer, self.attention) if word not in ("adamw", "sdpa")]
+        return "-".join([*words, *([f"{self.gradients}_gradients"] if self.gradients else [])])
 
 
 def strategies(ranks: int) -> dict[str, s.Strategy]:
@@ -71,7 +75,21 @@ OTHERS = [
     *(Case(2, name, "int8", "bf16", "none", 2) for name in ("zero2", "zero3", "full_shard")),
     *(Case(2, name, "dora", "bf16", "full", 1) for name in ("zero1", "zero3", "full_shard")),
     *(Case(2, name, tuning, "bf16", "none", 1) for name in ("zero1", "zero3", "full_shard") for tuning in ("head", "modules")),
+    *(Case(2, name, "packed_head", "bf16", "none", 1) for name in ("zero1_optimizer", "zero3", "full_shard")),
+    *(Case(2, name, "full", "bf16", "none", 2, gradients="fp32") for name in ("zero2", "zero2_optimizer", "zero3")),
+    *(Case(2, name, "full", "fp16", "none", 1) for name in ("zero1", "zero3", "full_shard")),
+    *(Case(1, "plain", tuning, "fp16", "none", 1, optimizer="adafactor") for tuning in ("full", "head")),
+    *(Case(1, "plain", tuning, "bf16", "every_n", 1) for tuning in ("modules", "packed_head", "dora")),
+    *(Case(2, name, "lora", "bf16", "offload", 1) for name in ("zero2", "zero3_cpu")),
+    Case(2, "zero1", "lora", "bf16", "none", 1, attention="eager"),
     Case(2, "tensor2", "full", "fp32", "every_n", 2),
+    *(Case(2, "tensor2", tuning, "bf16", recompute, 1) for tuning in ("head", "modules") for recompute in ("none", "full")),
+    *(
+        Case(4, name, tuning, "bf16", "every_n", 2)
+        for name in ("tensor4", "full_shard_tensor2")
+        for tuning in ("lora", "modules")
+    ),
+    *(Case(4, name, tuning, "bf16", "full", 1) for name in ("zero3", "hybrid_shard") for tuning in ("int8", "dora")),
     *(Case(2, "tensor2", "full", "bf16", "none", 1, optimizer=optimizer) for optimizer in ("lion", "adamw_bf16")),
 ]
 
@@ -122,7 +140,7 @@ SAMPLE = [
 
 def run_spec(case: Case, shape: s.ModelShape | None = None) -> s.RunSpec:
     """The spec of a case: two samples a rank and micro-batch, 32 tokens each; without a `shape` one that can be divided."""
-    strategy = strategies(case.ranks)[case.strategy]
+    strategy = replace(strategies(case.ranks)[case.strategy], gradients=case.gradients)
     shape = shape or {1: SHAPE, 2: HALVES, 4: QUARTERS}[strategy.tp]
     micro = 2
     card = s.Card("cpu", 2**34, 0.1, 10.0, 5.0, bf16=True)
@@ -134,4 +152,5 @@ def run_spec(case: Case, shape: s.ModelShape | None = None) -> s.RunSpec:
         precision=s.Precision(case.compute), cluster=s.Cluster("local", 1, case.ranks, card),
         checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0), export=s.Export("hf", False),
         logging=s.Logging(1, "none"), plan=s.Planning("ignore"), loss=s.Loss(case.loss, CHUNK),
+        attention=case.attention,
     )  # fmt: skip
