@@ -4,7 +4,8 @@
 
 Every rank is a fork of one process that has the libraries imported; it trains as `launch/train.py` does, dies by SIGKILL as
 soon as the metrics tell of the chosen step, and is started again with resume=auto, once, twice or three times. Compared are the
-SHA-256 of all weights, moments and random states of the last checkpoint, and the loss, rate and gradient norm of every step.
+SHA-256 of all weights, moments and random states of the last checkpoint, the loss, rate and gradient norm of every step, and,
+for every start, the next 50 batches that it would take, by the arguments with which the run itself asks for them.
 """
 
 from __future__ import annotations
@@ -17,21 +18,52 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from ranks import free_port
 from record import record
 from safetensors import safe_open
 
+from orchestrator import data
 from orchestrator.cluster.local import local_cluster
 from orchestrator.config import compose
+from orchestrator.data.batch import StepBatch
 from orchestrator.train import commit
 from orchestrator.train.run import Run
 from orchestrator.train.world import join
 
 PATIENCE = 300.0
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "labelled_tokens", "finite")
+AHEAD = 50
+"""Batches beyond the run's last that are compared too, so that each start has as many before it."""
+
+Steps = Callable[..., Iterator[StepBatch]]
+
+
+def digest_of(batch: StepBatch) -> str:
+    """SHA-256 of everything that the engine is given in a step."""
+    found = hashlib.sha256(json.dumps([batch.step, batch.epoch, batch.labelled]).encode())
+    for micro in batch.micro_batches:
+        for tensor in (micro.input_ids, micro.labels):
+            found.update(json.dumps(list(tensor.shape)).encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def looking_ahead(real: Steps, folder: Path, rank: int) -> Steps:
+    """`real`, which leaves the digests of the batches before `rank` in `folder` first, the run's and `AHEAD` beyond."""
+
+    def told(*arguments: Any, start_step: int, total_steps: int, **named: Any) -> Iterator[StepBatch]:
+        ahead = real(*arguments, start_step=start_step, total_steps=total_steps + AHEAD, **named)
+        text = json.dumps({batch.step: digest_of(batch) for batch in ahead})
+        fresh = folder / f"ahead-{rank}-{start_step:03d}.new"
+        fresh.write_text(text)
+        fresh.rename(fresh.with_suffix(".json"))  # the rank may be killed at any moment
+        return real(*arguments, start_step=start_step, total_steps=total_steps, **named)
+
+    return told
 
 
 def live(rank: int, ranks: int, port: int, folder: Path, overrides: list[str]) -> None:
@@ -45,6 +77,7 @@ def live(rank: int, ranks: int, port: int, folder: Path, overrides: list[str]) -
         screen = os.open(folder / f"screen-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(screen, 1)
         os.dup2(screen, 2)
+        data.steps = looking_ahead(data.steps, folder, rank)
         spec = compose([*overrides, f"run.dir={folder / 'run'}", "resume=auto"], ranks=ranks, local=local_cluster, strict=False)
         Run(spec, join("cpu")).execute()
         code = 0
@@ -104,10 +137,28 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return found
 
 
+def orders(folder: Path, rank: int) -> dict[int, dict[str, str]]:
+    """The digests of the batches, by step, that `rank` had before it, by the step after which it began."""
+    files = sorted(folder.glob(f"ahead-{rank}-*.json"))
+    return {int(file.stem.rpartition("-")[2]): json.loads(file.read_text()) for file in files}
+
+
+def compare_orders(folder: Path, whole: Path, ranks: int) -> tuple[int, list[str]]:
+    """(batches compared, the starts in `folder` at which a rank had other ones before it than the run in `whole`)."""
+    compared, other = 0, []
+    for rank in range(ranks):
+        uninterrupted = orders(whole, rank)[0]
+        for start, found in orders(folder, rank).items():
+            compared += len(found)
+            if len(found) < AHEAD or found != {step: each for step, each in uninterrupted.items() if int(step) >= start}:
+                other.append(f"the batches of rank {rank} after step {start}")
+    return compared, other
+
+
 def sweep(ranks: int, every: int, overrides: list[str]) -> dict[str, object]:
     """What came of killing at each `every`-th step once, and at every third of them twice and three times."""
     different: list[str] = []
-    resumed = 0
+    resumed, batches = 0, 0
     with tempfile.TemporaryDirectory() as name:
 
         def folder_of(label: str) -> Path:
@@ -128,11 +179,13 @@ def sweep(ranks: int, every: int, overrides: list[str]) -> dict[str, object]:
             resumed += len(plan)
             found = fingerprint(folder)
             apart = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            compared, other = compare_orders(folder, whole, ranks)
+            batches, apart = batches + compared, apart + other
             if apart:
                 different.append(f"killed after {plan}: {len(apart)} differ, {', '.join(apart[:3])}")
             print(f"killed after {plan}: {'other' if apart else 'same'}", file=sys.stderr, flush=True)
-    return {"steps": total, "plans": len(plans), "resumes": resumed, "compared": len(expected), "different": different,
-            "ranks": ranks, "overrides": overrides}  # fmt: skip
+    return {"steps": total, "plans": len(plans), "resumes": resumed, "compared": len(expected), "batches": batches,
+            "different": different, "ranks": ranks, "overrides": overrides}  # fmt: skip
 
 
 def main() -> int:
