@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # This clone, also where another one is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +17,9 @@ from orchestrator.config.entry import report_error
 from orchestrator.errors import OrchestratorError
 from orchestrator.train.launcher import Ending
 
+if TYPE_CHECKING:
+    from orchestrator.train.world import World
+
 
 def train(overrides: list[str]) -> int:
     """Compose, join the other ranks, run, and show what became of it. Torch is imported when the configuration is sound."""
@@ -24,11 +28,12 @@ def train(overrides: list[str]) -> int:
     from orchestrator.train.stop import OF_A_JOB, StopRequest, listening
 
     log: Path | None = None
+    world: World | None = None
     saved = submission.path_in(overrides)
     stop = StopRequest()
 
     def work() -> int:
-        nonlocal log
+        nonlocal log, world
         from orchestrator.cluster.local import local_cluster
 
         ranks = ranks_from_environment()[0]
@@ -80,7 +85,7 @@ def train(overrides: list[str]) -> int:
         return 0
 
     with listening(stop, OF_A_JOB if saved is not None else ()):
-        return failure.guarded(work, lambda: log)
+        return failure.guarded(work, lambda: log, lambda: world)
 
 
 def tell(error: OrchestratorError) -> int:

@@ -18,13 +18,16 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.train import storage
 from orchestrator.train.launcher import PeerFailure
+
+if TYPE_CHECKING:
+    from orchestrator.train.world import World  # which needs torch, and a refusal may come before that is imported
 
 LOG = logging.getLogger("orchestrator")
 
@@ -39,7 +42,7 @@ CLOCK_SLACK = 2.0
 """Seconds by which the kernel's start time of a process and a file's time may disagree."""
 
 KILLED = (
-    "A rank ended without a word: it was killed. Return code -9 (SIGKILL) most often means that the machine ran out of memory\n"
+    "{who} ended without a word: it was killed. Return code -9 (SIGKILL) most often means that the machine ran out of memory\n"
     "    -> look at the last memory line in train.log and at dmesg; lower batch.micro or data.seq_len, or rest less on the host"
 )
 
@@ -163,11 +166,30 @@ def _speak(text: str, *, alike: bool) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _suspect_a_killed_peer() -> None:
-    """Under the deepspeed launcher, have it said at the end that a rank was killed, unless that rank gives a reason itself."""
+def _ended(pid: int) -> bool:
+    """Whether the process `pid` of this machine has ended, be its parent told or not."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return True
+
+
+def _gone(world: World | None) -> str:
+    """The ranks of this machine whose processes have ended, for a person; "A rank" where none is known."""
+    known = zip(world.hosts, world.pids, strict=True) if world is not None else ()
+    named = [
+        f"rank {rank} on {host} (process {pid})"
+        for rank, (host, pid) in enumerate(known)
+        if world is not None and host == world.host and _ended(pid)
+    ]
+    return " and ".join(named).replace("rank", "Rank", 1) or "A rank"
+
+
+def _suspect_a_killed_peer(who: str) -> None:
+    """Under the deepspeed launcher, have it said at the end that `who` was killed, unless they give a reason themselves."""
     parent = os.getppid()
     if _launched_by_deepspeed(parent):
-        print_after(parent, KILLED, unless=_spoken(parent))
+        print_after(parent, KILLED.format(who=who), unless=_spoken(parent))
 
 
 def _wait_to_be_ended(seconds: float) -> None:
@@ -176,11 +198,12 @@ def _wait_to_be_ended(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def report(error: BaseException, log: Path | None) -> int:
+def report(error: BaseException, log: Path | None, world: World | None = None) -> int:
     """The exit code for `error`, after it was told to the log and the screen as this rank's part in the run allows."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     error = storage.refusal(error) or error
     peers_fault = size > 1 and is_peers_fault(error)
+    who = _gone(world) if peers_fault else ""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -189,11 +212,11 @@ def report(error: BaseException, log: Path | None) -> int:
     elif isinstance(error, OrchestratorError):
         LOG.error("%s", error.report())
     elif peers_fault:
-        LOG.warning("a collective broke because another rank has gone: %s", str(error).splitlines()[0])
+        LOG.warning("a collective broke because another rank has gone (%s): %s", who, str(error).splitlines()[0])
     else:
         LOG.error("%s: %s", type(error).__name__, error, exc_info=error)
     if peers_fault:
-        _suspect_a_killed_peer()
+        _suspect_a_killed_peer(who)
         _wait_to_be_ended(PEER_PATIENCE)
     elif rank and isinstance(error, OrchestratorError):
         _wait_to_be_ended(FIRST_SPEAKS)
@@ -201,26 +224,28 @@ def report(error: BaseException, log: Path | None) -> int:
     return error.exit_code if isinstance(error, OrchestratorError) else 1
 
 
-def abandon(error: OrchestratorError | None, log: Path | None) -> NoReturn:
-    """End this process from any of its threads, where it waits for what will not come; say `error` before, if there is one."""
+def abandon(error: OrchestratorError | None, log: Path | None, last: Callable[[], None] = lambda: None) -> NoReturn:
+    """End this process from any of its threads, where it waits for what will not come; say `error` before, if there is one,
+    and do what comes `last`."""
     if error is not None:
         LOG.error("%s", error.report())
         _speak(describe(error, 0, 1, log), alike=True)
+    last()
     logging.shutdown()
     sys.stderr.flush()
     os._exit(1)
 
 
-def guarded(work: Callable[[], int], log: Callable[[], Path | None]) -> int:
+def guarded(work: Callable[[], int], log: Callable[[], Path | None], world: Callable[[], World | None] = lambda: None) -> int:
     """What `work` returns. An error that it raises is reported and ends the process with the code of the error.
 
-    `log` tells where the run's log is, once there is one. The process ends at once after an error, without destructors: a
-    process group that has lost a member would wait for it there.
+    `log` tells where the run's log is, once there is one, and `world` of the other ranks. The process ends at once after an
+    error, without destructors: a process group that has lost a member would wait for it there.
     """
     try:
         return work()
     except BaseException as error:
-        code = report(error, log())
+        code = report(error, log(), world())
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)

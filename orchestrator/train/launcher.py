@@ -19,6 +19,11 @@ def ranks_from_environment() -> tuple[int, int]:
     return size, min(size, int(local)) if "WORLD_SIZE" in os.environ else 1
 
 
+def launcher_keeps_the_store() -> bool:
+    """Whether the ranks meet in a store of torchrun's own, and not in that of rank 0 (torch/distributed/elastic)."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @dataclass
 class Ending:
     """The end of a rank's process: with `code`, once that is known, after everything else has been put in order.

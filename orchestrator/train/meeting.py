@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.spec import RunSpec, to_json
+from orchestrator.train.launcher import launcher_keeps_the_store
 from orchestrator.units import format_seconds
 
 MEASURED_HERE = ("cluster.host_bytes", "cluster.card.memory_bytes", "cluster.card.source")
@@ -54,6 +55,7 @@ class Hello:
     size: int
     host: str
     facts: Mapping[str, Any]
+    pid: int = 0
 
     @property
     def who(self) -> str:
@@ -85,7 +87,7 @@ def open_store(rank: int, patience: timedelta) -> Any:
         ConfigError: the port is taken, or nobody answers there.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    agents = launcher_keeps_the_store()
     try:
         store = _STORES.TCPStore(
             host, port, None, is_master=rank == 0 and not agents, timeout=patience, wait_for_workers=False, multi_tenant=True
@@ -107,11 +109,11 @@ def meet(store: Any, rank: int, size: int, about: Mapping[str, Any], patience: t
     Raises:
         ConfigError: ranks differ in what they are about to run, one is there twice, or one has not come.
     """
-    own = Hello(rank, size, socket.gethostname(), about)
+    own = Hello(rank, size, socket.gethostname(), about, os.getpid())
     if store.add(f"count/{rank}", 1) > 1:
         problem = f"two processes say that they are rank {rank}; this one runs on {own.host}"
         raise ConfigError(Fault("RANK", problem, "start every machine with its own --node-rank, or another port"))
-    store.set(f"hello/{rank}", json.dumps([size, own.host, about]))
+    store.set(f"hello/{rank}", json.dumps([size, own.host, about, own.pid]))
     hellos: list[Hello] = []
     for other in range(size):
         try:

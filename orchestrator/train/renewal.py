@@ -27,6 +27,7 @@ from pathlib import Path
 from orchestrator.errors import Fault
 from orchestrator.spec import Batch, RunSpec
 from orchestrator.train.folder import RunFolder
+from orchestrator.train.launcher import launcher_keeps_the_store
 from orchestrator.train.meeting import ATTEMPT
 from orchestrator.train.world import World
 
@@ -146,7 +147,7 @@ class Renewal:
                 LOG.error("the ranks have not come together for a new attempt: %s", str(error).splitlines()[0])
                 self._begun.clear()
                 return
-            if rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            if rank and not launcher_keeps_the_store():
                 self._await_the_end_of_rank_0()
             self._go(why)
 

@@ -38,7 +38,8 @@ CONTROL_TIMEOUT = timedelta(hours=4)
 class World:
     """Rank `rank` of `size`, and `local_rank` of the `local_size` on this machine. `control` carries messages over gloo.
 
-    `store` is where the ranks have met, and `hosts` the machine of each; without one nothing is watched.
+    `store` is where the ranks have met, `hosts` the machine of each and `pids` its process there; without one nothing is
+    watched.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class World:
     control: Any
     store: Any = None
     hosts: tuple[str, ...] = ()
+    pids: tuple[int, ...] = ()
 
     @property
     def host(self) -> str:
@@ -189,17 +191,19 @@ def join(card: str = "", about: Mapping[str, Any] | None = None, patience: timed
         _share_cores(local_size)
     store: Any = None
     hosts: tuple[str, ...] = (socket.gethostname(),)
+    pids: tuple[int, ...] = (os.getpid(),)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         stores: Any = dist  # torch does not export HashStore to type checkers
         store = stores.HashStore() if alone else open_store(rank, patience)
         if not alone:
-            hosts = tuple(hello.host for hello in meet(store, rank, size, about or {}, patience))
+            hellos = meet(store, rank, size, about or {}, patience)
+            hosts, pids = tuple(hello.host for hello in hellos), tuple(hello.pid for hello in hellos)
         if device.type == "cuda":
             _record_collectives(str(Path(tempfile.gettempdir()) / "nccl_trace_rank_"))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return World(rank, size, local_rank, local_size, device, control, store, hosts)
+    return World(rank, size, local_rank, local_size, device, control, store, hosts, pids)
 
 
 def leave() -> None:

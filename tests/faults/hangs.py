@@ -1,9 +1,11 @@
 """Let one rank stop the others in every way that we know; measure how long it takes until the run has ended, and who is named.
 
-    python tests/faults/hangs.py [--seconds 10] [--ranks 2 3] [--json FILE]
+    python tests/faults/hangs.py [--seconds 10] [--ranks 2 3] [--launchers] [--json FILE]
 
-The ranks are forks as in kills.py: a real gloo group, the real watch, steps of three collectives. As every launcher does, the
-first rank that ends takes the others with it. All cases run side by side.
+The ranks are forks as in kills.py: a real gloo group, the real watch, steps of three collectives. The first or the last one
+stops the others; the first also keeps the store in which they meet. As every launcher does, the first rank that ends takes the
+others with it. All cases run side by side. `--launchers` then starts whole runs by torchrun and by deepspeed, one after the
+other, of which either rank is stopped or killed, and waits until every process of theirs has ended.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from kills import live
+from launched import LAUNCHERS, launched
 from ranks import free_port
 from record import record
 
@@ -130,14 +133,14 @@ def finish(case: Case, seconds: float, folder: Path, processes: list[int]) -> di
 
 
 def sweep(ranks: list[int], seconds: float) -> dict[str, Any]:
-    """What came of every kind of hang in every rank but the first, side by side."""
+    """What came of every kind of hang in the first and in the last rank, side by side."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         waiting: dict[Case, tuple[Path, list[int]]] = {}
-        for number, (kind, count) in enumerate(itertools.product(KINDS, ranks)):
+        for number, (kind, count, last) in enumerate(itertools.product(KINDS, ranks, (False, True))):
             folder = Path(name) / str(number)
             folder.mkdir()
-            case = Case(kind, count, count - 1)
+            case = Case(kind, count, count - 1 if last else 0)
             waiting[case] = folder, start(case, seconds, folder)
         deadline = time.monotonic() + 10 * seconds + 120
         while waiting and time.monotonic() < deadline:
@@ -160,16 +163,37 @@ def _brief(each: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in each.items() if name != "said"}
 
 
+def commands(seconds: float) -> dict[str, Any]:
+    """What came of whole runs, as a person starts them, whose rank is stopped or killed."""
+    found = []
+    for launcher, how, victim in itertools.product(LAUNCHERS, ("stop", "kill"), (0, 1)):
+        with tempfile.TemporaryDirectory() as name:
+            ended = launched(launcher, how, victim, Path(name), seconds)
+        killed = {"torchrun": f"(local_rank: {victim})", "deepspeed": f"Rank {victim} on"}[launcher]
+        named = (f"rank {victim} on" if how == "stop" else killed) in ended.screen
+        sound = named and not ended.orphans and ended.code != 0 and ended.seconds <= seconds + SLACK
+        found.append(
+            {"launcher": launcher, "how": how, "victim": victim, "seconds": ended.seconds, "named": named,
+             "launcher_seconds": ended.launcher_seconds, "orphans": ended.orphans, "sound": sound}
+            | ({} if sound else {"said": ended.screen[-1500:]})
+        )  # fmt: skip
+        print(found[-1], file=sys.stderr, flush=True)
+    return {"commands": found, "wrong_commands": [each for each in found if not each["sound"]]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--launchers", action="store_true")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     result = sweep(asked.ranks, asked.seconds)
+    if asked.launchers:
+        result |= commands(asked.seconds)
     record(result, asked.json)
-    return 1 if result["wrong"] else 0
+    return 1 if result["wrong"] or result.get("wrong_commands") else 0
 
 
 if __name__ == "__main__":

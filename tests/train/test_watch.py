@@ -3,23 +3,13 @@ more ways to hang, without a launcher."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from ranks import free_port
+from launched import LAUNCHERS, launched
 
-from orchestrator.train.watch import State, culprits, verdict
+from orchestrator.train.verdict import State, culprits, silent_launcher, verdict
 
-WORKER = Path(__file__).parent / "hanging_worker.py"
-SMALL = (
-    "model=tiny", "model.hidden_size=32", "model.head_dim=8", "model.intermediate_size=64", "model.num_hidden_layers=2",
-    "batch.global_size=8", "data.seq_len=64", "run.steps=6", "export.format=none",
-)  # fmt: skip
 GLOO = "/x/torch/distributed/distributed_c10d.py:1 in all_reduce"
 BACKWARD = "/x/torch/autograd/graph.py:1 in _engine_run_backward"
 OURS = "/x/loader.py:1 in fetch"
@@ -52,32 +42,34 @@ def test_the_verdict_names_place_step_and_stack():
     assert "all 2 ranks wait for each other" in verdict([state(0), state(1)], 21.0, None).report()
 
 
-def launched(how: str, folder: Path) -> tuple[int, str, float]:
-    """(exit code, the screen, seconds) of two ranks of which the second hangs; every process of theirs has ended."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
-        "--shutdown-timeout=2", WORKER, "fsdp=full_shard", "run.timeout=10", f"run.dir={folder}/run", *SMALL,
-    ]  # fmt: skip
-    mark = f"watched-{os.getpid()}-{how}"
-    environment = {**os.environ, "HANG": how, "MARK": mark, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
-    done = subprocess.run([*map(str, command)], env=environment, text=True, capture_output=True, timeout=240)
-    time.sleep(1.0)
-    left = [process.pid for process in psutil.process_iter() if mark in _environment(process)]
-    assert not left, left
-    return done.returncode, done.stderr, time.monotonic() - began
+def test_a_store_that_is_torchruns_is_named_as_such():
+    text = silent_launcher("n0", 21.0, Path("runs/x/train.log")).report()
+    assert "torchrun on n0: does not answer since 21" in text and "look at n0; where this rank stands is in runs/x" in text
 
 
-def _environment(process: psutil.Process) -> str:
-    try:
-        return process.environ().get("MARK", "")
-    except psutil.Error:
-        return ""
+@pytest.mark.parametrize(
+    ("launcher", "how", "victim"),
+    [
+        ("deepspeed", "stop", 0),  # who keeps the store
+        pytest.param("deepspeed", "stop", 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", "stop", 0, marks=pytest.mark.slow),
+        pytest.param("torchrun", "stop", 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", "lock", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_does_not_answer_is_named_and_ended(launcher, how, victim, tmp_path):
+    ended = launched(launcher, how, victim, tmp_path, 10)
+    screen = ended.screen
+    assert ended.code != 0 and f"rank {victim} on " in screen and "does not answer" in screen
+    assert f"rank {1 - victim} on" not in screen and ended.orphans == 0
+    assert f"rank {1 - victim}, step 3" in ended.log and "/torch/distributed/" in ended.log
 
 
-@pytest.mark.parametrize("how", ["stop", pytest.param("lock", marks=pytest.mark.slow)])
-def test_a_rank_that_does_not_answer_is_named_and_ended(how, tmp_path):
-    code, screen, _ = launched(how, tmp_path)
-    assert code != 0 and "rank 1 on " in screen and "does not answer" in screen and "rank 0 on" not in screen
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert "rank 0, step 3" in log and "/torch/distributed/" in log
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_is_named(launcher, victim, tmp_path):
+    ended = launched(launcher, "kill", victim, tmp_path, 60)
+    assert ended.code != 0 and ended.orphans == 0 and ended.seconds < 60
+    named = "Rank {} on" if launcher == "deepspeed" else "local_rank: {})"
+    assert named.format(victim) in ended.screen and "Traceback" not in ended.screen
