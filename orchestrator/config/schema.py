@@ -466,7 +466,8 @@ class HealthConf:
     spike_deviations: float = key(10.0, "how far above their median a loss is a spike", "standard deviations, from their MAD")
     spike_limit: int = key(3, "spikes that are gone back from; one more ends the run", "spikes")
     on_oom: OnOom = key(
-        OnOom.stop, "a rank without memory in a step: stop, or begin anew from the last checkpoint with half the micro-batch"
+        OnOom.stop,
+        "a rank without memory in a step or evaluation: stop, or begin anew from the last checkpoint with half the micro-batch",
     )
 
 

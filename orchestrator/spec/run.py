@@ -213,8 +213,8 @@ class Health:
     back to its last checkpoint, and the samples of that step are left out; one more than `spike_limit` of them ends the run.
     "ignore": nobody looks.
 
-    `on_oom` "halve": a rank that cannot allocate in a forward or backward has all ranks begin anew, from the last checkpoint
-    and with half the micro-batch; "stop": it ends the run.
+    `on_oom` "halve": a rank that cannot allocate in a forward, backward or evaluation has all ranks begin anew, from the last
+    checkpoint and with half the micro-batch; "stop": it ends the run.
     """
 
     on_nonfinite: str = "skip"

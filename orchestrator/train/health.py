@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from orchestrator.errors import Fault, OrchestratorError
 from orchestrator.spec import RunSpec
-from orchestrator.train.memory import Memory
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where it has no memory but raises no error of that name (c10/core/impl/alloc_cpu.cpp, CUDA libraries)."""
@@ -23,7 +20,7 @@ class Diverged(OrchestratorError):
 
 
 class MemoryEnded(OrchestratorError):
-    """A rank could not allocate in the middle of a step."""
+    """A rank could not allocate."""
 
     exit_code = 3
     title = "A rank ran out of memory"
@@ -76,25 +73,3 @@ class Watch:
             f"lower optimizer.lr (now {self._spec.optimizer.lr:g}), lengthen schedule.warmup, {more}or use precision=bf16; "
             "the last checkpoint of the run is from before or during this"
         )
-
-
-def memory_ended(spec: RunSpec, rank: int, number: int, phase: str, error: BaseException, kept: Path) -> MemoryEnded:
-    """The error of a rank that could not allocate in `phase` of step `number`; what it held then stands in the file `kept`."""
-    text = " ".join(str(error).split("\n", 1)[0].split())
-    problem = f"rank {rank}, step {number}, {phase}: {text}. What it held stands in {kept}"
-    micro = spec.batch.micro
-    less = [f"batch.micro={micro // 2} (the global batch and the result stay)"] if micro > 1 else []
-    less += ["recompute=full"] if spec.recompute == "none" else []
-    less += ["optimizer=adamw_8bit"] if spec.optimizer.name == "adamw" and spec.tuning.kind == "full" else []
-    remedy = f"set {', '.join(less)}, or a shorter data.seq_len (now {spec.data.seq_len}); launch/plan.py says what would fit"
-    return MemoryEnded(Fault("memory", problem, remedy))
-
-
-def end_of_memory(number: int, phase: str, error: BaseException, memory: Memory, device: torch.device) -> dict[str, Any]:
-    """The moment as plain data: step, phase, words of the error, the process and the card, and what torch's allocator held."""
-    held = torch.cuda.memory_stats(device) if device.type == "cuda" else {}
-    names = {"allocated": "allocated_bytes.all.current", "reserved": "reserved_bytes.all.current"}
-    return {
-        "step": number, "phase": phase, "error": str(error), "memory": memory.to_json(),
-        "allocator": {name: int(held[key]) for name, key in names.items() if key in held},
-    }  # fmt: skip

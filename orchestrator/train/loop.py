@@ -20,7 +20,7 @@ from orchestrator.train.health import Watch, ran_out
 from orchestrator.train.memory import Memory, measure
 from orchestrator.train.metrics import Metrics
 from orchestrator.train.schedule import learning_rate
-from orchestrator.train.shortage import COMPUTING, Before
+from orchestrator.train.shortage import COMPUTING, UPDATE, Before
 from orchestrator.train.spikes import Spike, Spikes
 from orchestrator.train.stop import StopRequest
 from orchestrator.train.watch import EVALUATE, SAVE
@@ -151,19 +151,17 @@ class Loop:
         rate = learning_rate(number, self._total, self._spec.schedule, self._spec.optimizer.lr)
         total: torch.Tensor | float = 0.0
         last, phase = len(batch.micro_batches) - 1, COMPUTING
-        halve = self._spec.health.on_oom == "halve"
-        before = Before.now(number - 1, batch.epoch, self._world.device) if halve else None
+        before = self._whole(number - 1, batch.epoch)
         try:
             for index, micro in enumerate(batch.micro_batches):
                 self._at(number, f"forward and backward {index + 1} of {last + 1}")
                 total = total + self._engine.forward_backward(micro, batch.labelled, last=index == last).double()
-            phase = "update"
+            phase, before = UPDATE, None
             self._at(number, "the optimizer's step")
             result = self._engine.step(rate)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if self._on_memory_end is None or not ran_out(error):
-                raise
-            raise self._on_memory_end(number, phase, error, before) from error
+        except (RuntimeError, MemoryError) as error:
+            self._look(number, phase, error, before)
+            raise
         self._at(number, "the sum of the losses")
         loss_sum, asked = _sum_over_ranks([total, float(bool(stop))], self._world)
         loss = loss_sum / (batch.labelled * self._copies)
@@ -173,12 +171,36 @@ class Loop:
             "tokens": batch.tokens, "labelled_tokens": batch.labelled, "padded_tokens": batch.positions, "finite": finite,
         }, asked > 0  # fmt: skip
 
+    def _whole(self, step: int, epoch: int) -> Before | None:
+        """Where the state stands after `step`; None on one of several ranks, which cannot save it by itself."""
+        return Before.now(step, epoch, self._world.device) if self._world.size == 1 else None
+
+    def _look(self, number: int, phase: str, error: BaseException, before: Before | None) -> None:
+        """Return unless `error` says that memory has ended.
+
+        Raises:
+            OrchestratorError: it has; what `on_memory_end` says of it.
+        """
+        if self._on_memory_end is not None and ran_out(error):
+            raise self._on_memory_end(number, phase, error, before) from error
+
+    def _evaluate(self, line: dict[str, Any], step: int) -> None:
+        """Add the loss over the held-out samples to the line of `step`, which is kept also where there is none."""
+        assert self._eval_batches is not None, "it is asked for where samples are held out"
+        self._at(step, EVALUATE)
+        try:
+            line["eval_loss"] = evaluate(self._engine, self._eval_batches, self._world)
+        except (RuntimeError, MemoryError) as error:
+            if self._metrics is not None:
+                self._metrics.write(line)
+            self._look(step, EVALUATE, error, self._whole(step, line["epoch"]))
+            raise
+
     def _note(self, line: dict[str, Any], step: int) -> None:
         """Add evaluation and memory where they are due, write the line, and show it."""
         spec = self._spec
         if self._eval_batches is not None and spec.eval.every and (step % spec.eval.every == 0 or step == self._total):
-            self._at(step, EVALUATE)
-            line["eval_loss"] = evaluate(self._engine, self._eval_batches, self._world)
+            self._evaluate(line, step)
         due = step % max(1, spec.logging.every) == 0 or step in (1, self._total)
         ranks: list[Memory] = []
         if due:

@@ -37,7 +37,7 @@ from orchestrator.train.publish import Publisher
 from orchestrator.train.renewal import Renewal
 from orchestrator.train.resume import Reader, bring_back, changes, check_run, check_tensors, first_sound, seed_rank
 from orchestrator.train.saving import Saved, Saver
-from orchestrator.train.shortage import Shortage, row_json
+from orchestrator.train.shortage import EXPORT, LOAD, RESUME, Rescue, Shortage, row_json
 from orchestrator.train.spikes import Spikes, WayBack
 from orchestrator.train.stop import StopRequest, listening
 from orchestrator.train.watch import SAVE, Watch
@@ -94,7 +94,8 @@ class Run:
             engine, model, source, weights = self._adopt()
             leaving.callback(engine.close)
             if reader is not None:
-                self._load(engine, reader)
+                with self._shortage(engine).caught(RESUME):
+                    self._load(engine, reader)
             started = reader.step if reader is not None else 0
             self._introduce(prepared, total, started)
             told = changes(reader, course(self.spec, prepared)) if reader is not None else []
@@ -108,9 +109,10 @@ class Run:
                 self._account(None)
             publisher = Publisher(self.spec, self.world, source, self._table, weights, tokenizer)
             wanted = self.spec.export.format != "none" and not stopped
-            if wanted and self.spec.export.merge:
-                publisher = replace(publisher, trained=self._logits(engine))
-            waiting = publisher.write(engine, self._folder.export) if wanted else None
+            with self._shortage(engine).caught(EXPORT):
+                if wanted and self.spec.export.merge:
+                    publisher = replace(publisher, trained=self._logits(engine))
+                waiting = publisher.write(engine, self._folder.export) if wanted else None
         del engine, model
         published = self._confirm(publisher, waiting)
         self.world.on_first(lambda: self._mark(done, total, stopped))
@@ -213,11 +215,16 @@ class Run:
         self._table = table_of(model)
         self._layout = lay_out(spec, self._table, world.rank)
         weights = open_weights(spec, self._table)
-        engine.adopt(model, weights)
+        with self._shortage(None).caught(LOAD):
+            engine.adopt(model, weights)
         quiet_libraries()
         self._expected_bytes = saved_bytes(spec.optimizer, [p for p in self._table if p.trainable])
         self._census(engine, LOADED)
         return engine, model, source, weights
+
+    def _shortage(self, engine: Engine | None) -> Shortage:
+        """What to do where memory ends; `engine` None: it does not hold all of its tensors yet."""
+        return Shortage(self.spec, self.world, self._folder, self._layout, engine)
 
     def _census(self, engine: Engine, point: str) -> None:
         """Compare what lives on this rank with the layout.
@@ -310,10 +317,10 @@ class Run:
             save(step, epoch)
             saver.wait()
 
-        shortage = Shortage(spec, world, self._folder, self._layout, engine, renewal, save_now, started)
+        rescue = Rescue(self._shortage(engine), renewal, saver, save_now, started)
         loop = Loop(
             engine, spec, world, total, self._metrics, self.display, spikes=spikes, eval_batches=held_out,
-            on_memory=self._remember, on_memory_end=shortage.meet, at=watch.at,
+            on_memory=self._remember, on_memory_end=rescue.meet, at=watch.at,
         )  # fmt: skip
 
         def after_first() -> None:
@@ -328,7 +335,7 @@ class Run:
 
         self.display.begin(started, total)
         try:
-            with listening(self._stop) as stop:
+            with listening(self._stop) as stop, rescue.caught(lambda: watch.place):
                 while True:
                     with closing(steps_from(started)) as steps:
                         ending = loop.run(steps, stop, save, after_first)
@@ -341,6 +348,7 @@ class Run:
                     if back is not None:
                         save(*back)  # the same state, and from now on the samples that are left out
         finally:
+            saver.settle()
             if renewal is not None:
                 renewal.close()
             watch.close()

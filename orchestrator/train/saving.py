@@ -12,10 +12,15 @@ from pathlib import Path
 import torch
 
 from orchestrator.engine.protocol import Piece
+from orchestrator.errors import CheckpointError
 from orchestrator.train.world import World
 
 Write = Callable[[Iterator[Piece], World], tuple[Path, int]]
 """Writes the pieces of this rank together with its peers: (the checkpoint, bytes of its tensors over all ranks)."""
+
+
+SETTLE_SECONDS = 60.0
+"""For a save that is being written when the run ends otherwise; launchers end a run some 30 s after its first rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._finished: Saved | None = None
         self._failure: BaseException | None = None
+        self.failed = False
+        """Whether a save in the background has failed, and that was raised."""
         self._memory: list[torch.Tensor] = []
 
     def save(self, pieces: Iterator[Piece], write: Write) -> None:
@@ -73,10 +80,20 @@ class Saver:
         self._thread.start()
 
     def poll(self) -> None:
-        """Report the save that has been finished meanwhile, if there is one. A failure waits for `wait`, which all ranks
-        reach together."""
-        if self._thread is not None and not self._thread.is_alive() and self._failure is None:
+        """Report the save that has been finished meanwhile, if there is one. A failure that all ranks share waits for `wait`,
+        which they reach together.
+
+        Raises:
+            BaseException: what has ended the save on this rank alone; the others wait for it there.
+        """
+        if self._thread is not None and not self._thread.is_alive() and not isinstance(self._failure, CheckpointError):
             self.wait()
+
+    def settle(self) -> None:
+        """Let the save that is being written come to its end, whatever ends the run: the threads of all ranks are at it, also
+        where their steps wait for a rank that has failed. What it comes to is not told."""
+        if self._thread is not None:
+            self._thread.join(SETTLE_SECONDS)
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -89,7 +106,7 @@ class Saver:
         self._thread.join()
         self._thread = None
         if self._failure is not None:
-            failure, self._failure = self._failure, None
+            failure, self._failure, self.failed = self._failure, None, True
             raise failure
         if self._finished is not None:
             finished, self._finished = self._finished, None

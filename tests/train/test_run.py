@@ -17,6 +17,7 @@ from orchestrator.engine.plain import PlainEngine
 from orchestrator.errors import CheckpointError, ConfigError, DataError, LayoutDrift
 from orchestrator.layout import Row
 from orchestrator.spec import Data, Home, RunSpec, from_json
+from orchestrator.train import checkpoint, commit
 from orchestrator.train.health import Diverged, MemoryEnded
 from orchestrator.train.metrics import read_metrics
 
@@ -167,25 +168,79 @@ def test_the_first_step_that_is_not_finite_ends_a_run_that_asks_for_it(small, ex
         execute(small("health.on_nonfinite=stop", "batch.micro=8"))
 
 
-def test_a_rank_without_memory_leaves_its_ledger_and_says_what_would_help(small, execute, monkeypatch, tmp_path):
-    """A real allocation that fails, in the forward of the second step."""
-    calls = []
+def starved(where, when=lambda: True):
+    """The loss of the run, before which a real allocation fails where `where(model)` and `when()` say so."""
 
     def loss_sum(model, batch):
-        calls.append(None)
-        if len(calls) == 2:
+        if where(model) and when():
             torch.empty(2**58)
         return models.loss_sum(model, batch)
 
-    monkeypatch.setattr("orchestrator.train.run.loss_sum", loss_sum)
+    return loss_sum
+
+
+def ended(execute, spec, tmp_path):
+    """(the report, what was written down) of a run that runs out of memory."""
     with pytest.raises(MemoryEnded) as caught:
-        execute(small("batch.micro=8"))
-    report = caught.value.report()
-    assert caught.value.exit_code == 3 and "rank 0, step 2, forward or backward" in report
+        execute(spec)
+    assert caught.value.exit_code == 3
+    return caught.value.report(), json.loads((tmp_path / "run" / "memory-end-rank-00000.json").read_text())
+
+
+def test_a_rank_without_memory_leaves_its_ledger_and_says_what_would_help(small, execute, monkeypatch, tmp_path):
+    """In the forward of the second step: alone, it saves the first."""
+    calls = iter(range(9))
+    monkeypatch.setattr("orchestrator.train.run.loss_sum", starved(lambda model: next(calls) == 1))
+    report, kept = ended(execute, small("batch.micro=8"), tmp_path)
+    assert "rank 0, step 2, forward or backward" in report and "resume=auto goes on from step-000001" in report
     assert "batch.micro=4 (the global batch and the result stay)" in report and "optimizer=adamw_8bit" in report
-    kept = json.loads((tmp_path / "run" / "memory-end-rank-00000.json").read_text())
     assert (kept["step"], kept["phase"]) == (2, "forward or backward") and kept["memory"]["resident"] > 2**26
     assert {row["line"]: row["bytes"] for row in kept["found"]} == {row["line"]: row["bytes"] for row in kept["predicted"]}
+
+
+def test_an_evaluation_without_memory_ends_the_run_and_nothing_is_lost(small, execute, monkeypatch, tmp_path):
+    words = ("eval.every=2", "data.eval_fraction=0.2", "export.format=none")
+    whole = [line["loss"] for line in lines(execute(small(*words, f"run.dir={tmp_path / 'whole'}")))]
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.train.run.loss_sum", starved(lambda model: not model.training))
+        report, kept = ended(execute, small(*words), tmp_path)
+    assert "rank 0, step 2, evaluation" in report and "batch.micro=" in report and "or eval.every=0" in report
+    assert "resume=auto goes on from step-000002" in report and kept["phase"] == "evaluation"
+    assert {row["line"] for row in kept["found"]} == {row["line"] for row in kept["predicted"]}
+    resumed = lines(execute(small(*words, "resume=auto")))
+    assert [line["loss"] for line in resumed] == whole and "eval_loss" not in resumed[1] and "eval_loss" in resumed[3]
+
+
+@pytest.mark.parametrize(("background", "words"), [(False, "up to 1.00 GiB of it"), (True, "use checkpoint.background=false")])
+def test_a_save_without_memory_ends_the_run_and_the_checkpoint_before_is_whole(
+    small, execute, monkeypatch, tmp_path, background, words
+):
+    real, calls = PlainEngine.save, iter(range(9))
+
+    def save(self):
+        pieces, scalars = real(self)
+        return (torch.empty(2**58) if next(calls) == 1 else pieces), scalars
+
+    monkeypatch.setattr(PlainEngine, "save", save)
+    wanted = ("checkpoint.every=1", f"checkpoint.background={str(background).lower()}")
+    report, kept = ended(execute, small(*wanted), tmp_path)
+    assert "rank 0, step 2, saving" in report and words in report and "resume=auto goes on from step-000001" in report
+    assert (kept["step"], kept["phase"]) == (2, "saving")
+    assert list(commit.problems(tmp_path / "run" / "checkpoints" / "step-000001")) == []
+
+
+def test_a_thread_that_writes_without_memory_ends_the_run_soon(small, execute, monkeypatch, tmp_path):
+    """The run ends where it next looks, and not at the next save."""
+    monkeypatch.setattr(checkpoint, "_write_rank", lambda *arguments: torch.empty(2**58))
+    spec = small("checkpoint.every=1", "checkpoint.background=true", "logging.every=1")
+    report, kept = ended(execute, spec, tmp_path)
+    assert "use checkpoint.background=false" in report and (kept["step"], kept["phase"]) == (2, "saving")
+
+
+def test_loading_without_memory_says_what_would_help(small, execute, monkeypatch, tmp_path):
+    monkeypatch.setattr(PlainEngine, "adopt", lambda *arguments: torch.empty(2**58))
+    report, kept = ended(execute, small(), tmp_path)
+    assert "rank 0, loading the model" in report and "zero=stage3" in report and kept["found"] == []
 
 
 def test_one_step_that_is_not_finite_is_survived(small, execute, monkeypatch):
