@@ -57,10 +57,11 @@ faults: $(READY)
 	$(FAULTS) LD_PRELOAD=$(CURDIR)/build/boundary.so $(BIN)/python tests/faults/disks.py --runs --json benchmarks/results/faults-disks.json
 	$(FAULTS) $(BIN)/python tests/faults/compositions.py --cases 5000 --processes 2 --json benchmarks/results/faults-compositions.json
 	$(FAULTS) $(BIN)/python tests/faults/pairs.py --json benchmarks/results/faults-pairs.json
-	$(FAULTS) $(BIN)/python tests/faults/hangs.py --json benchmarks/results/faults-hangs.json
+	$(FAULTS) $(BIN)/python tests/faults/hangs.py --seconds 12 --launchers --json benchmarks/results/faults-hangs.json
 	$(FAULTS) $(BIN)/python tests/faults/damage.py --cases 1000 --json benchmarks/results/faults-damage.json
 	$(FAULTS) $(BIN)/python tests/faults/resumes.py --ranks 2 --json benchmarks/results/faults-resumes.json zero=stage2 tuning=lora tuning.dropout=0.1
 	$(FAULTS) $(BIN)/python tests/faults/spikes.py --json benchmarks/results/faults-spikes.json
+	$(FAULTS) $(BIN)/python tests/faults/frugal.py --json benchmarks/results/faults-frugal.json
 	$(FAULTS) $(BIN)/python tests/faults/moves.py --chains 60 --json benchmarks/results/faults-moves.json
 
 # torch goes first and alone, so that nothing that follows can choose another build of it.

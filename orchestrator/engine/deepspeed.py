@@ -45,7 +45,7 @@ from orchestrator.engine.materialize import (
     without_storage,
 )
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
-from orchestrator.engine.states import Fragment
+from orchestrator.engine.states import Fragment, fill_run
 from orchestrator.engine.swap_folder import SwapFolder, claim
 from orchestrator.layout import Row, lower
 from orchestrator.spec import Home, RunSpec, Shard
@@ -287,9 +287,12 @@ class DeepSpeedEngine:
         for name, parameter in self._trained():
             if self.shard is Shard.PARAMETERS:
                 start, stop = self._partition(parameter)
-                put_part(parameter, read(name, "weight", start, stop))
+                if on_disk(parameter):
+                    put_part(parameter, read(name, "weight", start, stop))
+                else:
+                    fill_run(parameter.ds_tensor.data[: stop - start], read, name, "weight", start)
             else:
-                parameter.copy_(read(name, "weight", 0, parameter.numel()).view(parameter.shape))
+                fill_run(parameter.view(-1), read, name, "weight", 0)
         if standing:
             standing[0].all_gather(standing)
 

@@ -113,16 +113,14 @@ class SwappedStates:
     def pieces(
         self, optimizer: torch.optim.Optimizer, masters: list[torch.Tensor], fragments: Iterable[Fragment], owned: bool
     ) -> Iterator[Piece]:
-        """As `optimizers.pieces`; what comes from the disk is copied out of its buffers, one sub-group at a time."""
+        """As `optimizers.pieces`; what comes from the disk is copied out of its buffers, which the next sub-group needs."""
         if self.swapper is None:
             yield from optimizers.pieces(optimizer, fragments, owned)
             return
         for group, held in self._by_group(masters, fragments):
             with self.resident(group, changed=False):
-                found = list(optimizers.pieces(optimizer, held, owned))
-                if self.swapped(group):
-                    found = [replace(piece, data=piece.data.clone()) for piece in found]
-            yield from found
+                for piece in optimizers.pieces(optimizer, held, owned):
+                    yield replace(piece, data=piece.data.clone()) if self.swapped(group) else piece
 
     def load(
         self, optimizer: torch.optim.Optimizer, spec: RunSpec, masters: list[torch.Tensor], fragments: Iterable[Fragment],

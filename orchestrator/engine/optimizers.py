@@ -14,7 +14,7 @@ from orchestrator.engine.blockwise import AdamW8bit, codebooks
 from orchestrator.engine.census import local
 from orchestrator.engine.muon import FirstRow, Joined, Muon
 from orchestrator.engine.protocol import Piece
-from orchestrator.engine.states import Codec, Elementwise, Fragment, Read, State
+from orchestrator.engine.states import Codec, Elementwise, Fragment, Read, State, fill_run
 from orchestrator.engine.updates import AdamWBf16, Lion, Rule, Updater, kernels
 from orchestrator.spec import ROOT, Home, Optimizer, RunSpec, block_of, digest
 
@@ -144,7 +144,7 @@ def load(
         own = held.get(id(tensor), [])
         flat = local(tensor.detach()).view(-1)
         for f in own:
-            flat.narrow(0, f.offset, f.count).copy_(read(f.name, "weight", f.start, f.start + f.count))
+            fill_run(flat.narrow(0, f.offset, f.count), read, f.name, "weight", f.start, f.width)
         if steps and flat.numel():
             state = _fresh_state(optimizer, tensor, steps)
             codec.restore(state, own, read, same)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,9 @@ from orchestrator.engine.census import local
 
 Read = Callable[[str, str, int, int], torch.Tensor]
 """(name, kind, start, stop) to elements [start, stop) of the flattened state `kind` of parameter `name`."""
+
+READ_AT_ONCE = 2**22
+"""Elements of a saved tensor that are read at once: 16 MiB in fp32, whatever a rank holds of it."""
 
 State = dict[str, Any]
 """What `Optimizer.state` holds for one tensor."""
@@ -28,6 +32,19 @@ class Fragment:
     offset: int
     start: int
     count: int
+
+    @property
+    def width(self) -> int:
+        """Elements in a row of the parameter."""
+        return math.prod(self.shape[1:])
+
+
+def fill_run(run: torch.Tensor, read: Read, name: str, kind: str, start: int, width: int = 1) -> None:
+    """Copy the elements from `start` on of a saved tensor, whose rows have `width`, into `run`, some whole rows at a time."""
+    at_once = max(1, READ_AT_ONCE // width) * width
+    for first in range(0, run.numel(), at_once):
+        part = run[first : first + at_once]
+        part.copy_(read(name, kind, start + first, start + first + part.numel()))
 
 
 class Codec(Protocol):
@@ -58,4 +75,4 @@ class Elementwise:
     def restore(self, state: State, fragments: Sequence[Fragment], read: Read, same_blocks: bool) -> None:
         for fragment in fragments:
             for kind, start, run in self.saved(state, fragment):
-                run.copy_(read(fragment.name, kind, start, start + fragment.count))
+                fill_run(run, read, fragment.name, kind, start, fragment.width)

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional
 
 from orchestrator.engine.protocol import LossGivingHead, Piece
-from orchestrator.engine.states import Read
+from orchestrator.engine.states import READ_AT_ONCE, Read
 from orchestrator.spec import Division, division
 from orchestrator.spec.division import INPUTS, OUTPUTS, VOCABULARY
 
@@ -72,10 +72,6 @@ class Region:
     @property
     def first(self) -> int:
         return self.start + (self.columns[0] if self.columns is not None else 0)
-
-
-READ_AT_ONCE = 2**22
-"""Elements of whole rows that are read to keep some of their columns: 16 MiB in fp32."""
 
 
 def _read_region(read: Read, name: str, kind: str, region: Region, width: int) -> torch.Tensor:

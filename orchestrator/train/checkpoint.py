@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ LOG = logging.getLogger("orchestrator.train")
 
 FORMAT = 2
 CHUNK_BYTES = GIB
-"""Pieces are gathered in host memory up to this size and then written: the price of a save in RAM, per rank."""
+"""Pieces are gathered in host memory up to this size and then written, and larger ones are cut: the price of a save in RAM, per
+rank."""
 
 SPARE_BYTES = 4 * MIB
 """Room for indexes and headers on top of the tensors."""
+
+
+class NotSaved(CheckpointError):
+    """A rank could not write its part, or rank 0 what makes it whole."""
+
+    title = "The checkpoint was not saved"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,15 @@ def key_of(name: str, kind: str, start: int) -> str:
     return f"{name}|{kind}|{start}"
 
 
+def _cut(piece: Piece) -> Iterator[Piece]:
+    """`piece` as pieces of whole rows that each fit into a chunk; a row that does not, by itself."""
+    data, columns = piece.data.detach().reshape(-1), piece.columns
+    row, width = (1, 1) if columns is None else (columns[1] - columns[0], math.prod(piece.shape[1:]))
+    at_once = max(1, CHUNK_BYTES // (row * data.element_size())) * row
+    for first in range(0, data.numel(), at_once):
+        yield replace(piece, start=piece.start + first // row * width, data=data[first : first + at_once])
+
+
 class _PieceWriter:
     """Writes the pieces of one rank in files of about CHUNK_BYTES, and their index."""
 
@@ -76,12 +93,16 @@ class _PieceWriter:
         self.files: dict[str, Stored] = {}
 
     def add(self, piece: Piece) -> None:
-        data = piece.data.detach().reshape(-1).to("cpu").contiguous()
-        if data.data_ptr() == piece.data.data_ptr() and data.untyped_storage().nbytes() > data.nbytes:
-            data = data.clone()  # safetensors refuses two views of one storage
-        size = data.nbytes
+        for part in _cut(piece):
+            self._add(part)
+
+    def _add(self, piece: Piece) -> None:
+        size = piece.data.nbytes
         if self._chunk and self._chunk_bytes + size > CHUNK_BYTES:
             self._write_chunk()
+        data = piece.data.to("cpu").contiguous()
+        if data.untyped_storage().nbytes() > data.nbytes:
+            data = data.clone()  # safetensors refuses two views of one storage
         self._chunk[key_of(piece.name, piece.kind, piece.start)] = data
         self._shapes[piece.name] = list(piece.shape)
         self._index.append(
@@ -125,7 +146,7 @@ def _describe(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> CheckpointError:
+def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> NotSaved:
     free = shutil.disk_usage(next(folder for folder in (checkpoints, *checkpoints.absolute().parents) if folder.is_dir())).free
     older = saved_steps(checkpoints)
     keeps = f"the newest checkpoint, {older[-1].name}, is whole" if older else "no earlier checkpoint was there to lose"
@@ -138,7 +159,7 @@ def _no_room(checkpoints: Path, step: int, needed: int, failures: list[str]) -> 
     if len(older) > 1 and remedy.startswith("free"):
         remedy += f" (for example the older {older[0].name}), lower checkpoint.keep,"
     larger = " or move run.dir to a larger disk" if remedy.startswith("free") else ""
-    return CheckpointError(Fault("checkpoint", problem, f"{remedy}{larger}, then resume=auto"))
+    return NotSaved(Fault("checkpoint", problem, f"{remedy}{larger}, then resume=auto"))
 
 
 def _write_rank(temporary: Path, pieces: Iterator[Piece], world: World) -> tuple[_PieceWriter, str | None]:
@@ -201,7 +222,7 @@ def save(
     `expected_bytes` is what all ranks together are expected to write: less free space is refused before anything is written.
 
     Raises:
-        CheckpointError: any rank could not write; the temporary folder is gone and earlier checkpoints are whole.
+        NotSaved: any rank could not write; the temporary folder is gone and earlier checkpoints are whole.
     """
     needed = expected_bytes + SPARE_BYTES
     final = checkpoints / f"step-{moment.step:06d}"
@@ -229,4 +250,4 @@ def save(
     if world.first:
         shutil.rmtree(temporary, ignore_errors=True)
     faults = world.tell(refused.faults if refused else ())
-    raise CheckpointError(faults)
+    raise NotSaved(faults)

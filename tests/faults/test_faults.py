@@ -57,6 +57,14 @@ def test_a_checkpoint_of_one_strategy_goes_on_under_another_on_another_number_of
     assert found["loss_apart"] < 1e-6
 
 
+def test_no_rank_gathers_the_model_to_save_it_or_to_resume():
+    """The second and third state resume what another strategy has saved. `make faults` has all of them, on 1, 2 and 4 ranks."""
+    found = run("frugal.py", "--only", "zero2@2", "full_shard@2", "tensor2@2")
+    assert found["wrong"] == [], found
+    for name, took in found["states"].items():
+        assert took["whole"] > 40 * max(took["save"], took["resume"], took["move"]) > 0, name
+
+
 def test_a_disk_that_refuses_is_told_and_nothing_is_lost(boundary):
     found = run("disks.py", "--every", "12", LD_PRELOAD=str(boundary))["saves"]
     assert found["wrong"] == [] and found["refused"].keys() == {"ENOSPC", "EDQUOT", "EROFS", "EIO"}
@@ -69,7 +77,7 @@ def test_any_composition_is_a_plan_or_a_clear_refusal():
 
 def test_a_rank_that_stops_the_others_is_named_and_the_run_ends():
     found = run("hangs.py", "--seconds", "6", "--ranks", "3")["cases"]
-    assert {case["kind"] for case in found} == {"stop", "sleep", "skip", "raise", "no data"}
+    assert {case["kind"] for case in found} == {"stop", "sleep", "skip", "raise", "no data"} and len(found) == 10
     for case in found:  # a busy machine may be late; `make faults` holds them to two seconds
         assert case["named"] and not case["others_named"] and not case["orphans"] and case["seconds"] < 30, case
 

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from orchestrator.engine.protocol import Piece
 from orchestrator.errors import CheckpointError
 from orchestrator.train import checkpoint
+from orchestrator.train.checkpoint import NotSaved
 from orchestrator.train.resume import Reader, check_run, check_tensors
 
 WORKER = Path(__file__).parent / "saving_worker.py"
@@ -41,8 +42,11 @@ def test_any_slice_of_what_was_saved_is_read_back(tmp_path, world):
     assert reader.read("a.weight", "exp_avg", 2, 4).dtype == torch.bfloat16
 
 
-def test_columns_are_put_together_again(tmp_path, world):
-    """As two ranks of a tensor-parallel group and two of its shard axis save a matrix of five rows and six columns."""
+@pytest.mark.parametrize("chunk", [checkpoint.CHUNK_BYTES, 30, 1])
+def test_columns_are_put_together_again(tmp_path, world, monkeypatch, chunk):
+    """As two ranks of a tensor-parallel group and two of its shard axis save a matrix of five rows and six columns; a piece
+    that is larger than a chunk is cut between rows."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk)
     whole = torch.arange(30.0).view(5, 6)
     parts = [
         Piece(
@@ -57,6 +61,9 @@ def test_columns_are_put_together_again(tmp_path, world):
         for stop in range(start, 31):
             assert reader.read("w", "weight", start, stop).tolist() == list(map(float, range(start, stop)))
     index = json.loads((path / "rank-00000.json").read_text())
+    if chunk < checkpoint.GIB:
+        assert len(index["pieces"]) == {30: 6, 1: 10}[chunk]
+        return
     index["pieces"] = index["pieces"][1:]
     (path / "rank-00000.json").write_text(json.dumps(index))
     torn = Reader(path)
@@ -70,6 +77,10 @@ def test_pieces_are_split_over_files(tmp_path, world, monkeypatch):
     path, _ = save(tmp_path, world)
     assert len(list(path.glob("rank-00000-*.safetensors"))) == 3
     assert Reader(path).read("a.weight", "weight", 0, 12).tolist() == list(map(float, range(12)))
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 8)  # less than a piece: two elements of fp32, four of bf16
+    path, written = save(tmp_path, world, 6)
+    assert len(list(path.glob("rank-00000-*.safetensors"))) == 3 + 4 + 3 and written == 12 * 4 + 12 * 2
+    assert Reader(path).read("a.weight", "weight", 1, 12).tolist() == list(map(float, range(1, 12)))
 
 
 def test_only_the_newest_are_kept_and_what_a_crash_left_is_removed(tmp_path, world):
@@ -166,4 +177,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(small_disk, world, mon
     with pytest.raises(CheckpointError, match=r"No space left on device.*2\.0 MiB and .* are free; .*step-000001, is whole"):
         checkpoint.save(small_disk, MOMENT, large, world, scalars={}, keep=2, expected_bytes=0)
     assert [p.name for p in small_disk.iterdir()] == ["step-000001"]
+    assert Reader(small_disk / "step-000001").read("a.weight", "weight", 0, 12).tolist() == list(map(float, range(12)))
+
+
+def test_a_disk_that_became_read_only_leaves_the_previous_checkpoint_whole(small_disk, world, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SPARE_BYTES", 0)
+    save(small_disk, world, 1)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(NotSaved) as caught:
+        save(small_disk, world, 2)
+    for words in ("was not saved", "Read-only file system", "step-000001, is whole", "mounted for writing again"):
+        assert words in caught.value.report()
     assert Reader(small_disk / "step-000001").read("a.weight", "weight", 0, 12).tolist() == list(map(float, range(12)))
