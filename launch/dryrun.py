@@ -19,7 +19,7 @@ def dryrun(overrides: list[str]) -> int:
 
     from orchestrator.cluster.local import local_cluster
     from orchestrator.errors import ConfigError, Fault, MisfitError
-    from orchestrator.planner.dryrun import check_host, dry_run
+    from orchestrator.planner.dryrun import check_host, dry_run, on_host
     from orchestrator.planner.rehearsal import rehearse
     from orchestrator.report import plans
     from orchestrator.report.arguments import choices
@@ -39,9 +39,11 @@ def dryrun(overrides: list[str]) -> int:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    elsewhere = device == "cpu" and spec.cluster.card.name != "cpu"
+    card = spec.cluster.card.name
+    elsewhere = card if device == "cpu" and card != "cpu" else ""
     if elsewhere:
         check_host(spec)
+        spec = on_host(spec)
     with Console(stderr=True).status("rehearsing") as status:
         predicted = rehearse(spec, int(number))
         status.update(f"two steps on {device}")
@@ -50,7 +52,7 @@ def dryrun(overrides: list[str]) -> int:
         print(json.dumps(result, indent=2))
     else:
         title = f"{spec.strategy.label}, rank {number} of {spec.strategy.ranks}, on {result['device']}"
-        plans.show(show(result, title, stand_in=spec.cluster.card.name if elsewhere else ""))
+        plans.show(show(result, title, stand_in=elsewhere))
     return MisfitError.exit_code if result["error"] else 0
 
 

@@ -15,8 +15,8 @@ from orchestrator.units import TORCH_NAMES
 
 
 class BlankWeights:
-    """Answers as `model.weights.SafetensorsWeights` would, with fake tensors: whole rows in the checkpoint's dtype, which is
-    taken to be half precision, as published checkpoints are."""
+    """Answers as `model.weights.SafetensorsWeights` would, with zeros: whole rows in the checkpoint's dtype, which is taken to
+    be half precision, as published checkpoints are."""
 
     def __init__(self, spec: RunSpec, table: Sequence[Parameter]) -> None:
         compute = spec.precision.compute if spec.precision.compute != "fp32" else "bf16"
@@ -35,6 +35,6 @@ class BlankWeights:
         width = self._widths[name]
         first, last = start // width, -(-stop // width)
         if columns is not None:
-            return torch.empty((last - first) * (columns[1] - columns[0]), dtype=self._dtype)
-        rows = torch.empty((last - first) * width, dtype=self._dtype)
+            return torch.zeros((last - first) * (columns[1] - columns[0]), dtype=self._dtype)
+        rows = torch.zeros((last - first) * width, dtype=self._dtype)
         return rows[start - first * width : stop - first * width]

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,15 @@ from orchestrator.engine import deepspeed_alone
 from orchestrator.engine.protocol import Engine, Weights
 from orchestrator.errors import Fault, MisfitError, OrchestratorError
 from orchestrator.planner import fake
+from orchestrator.planner.blank import BlankWeights
+from orchestrator.planner.device import CPU
 from orchestrator.planner.performance import Performance
 from orchestrator.planner.predict import by_layout
+from orchestrator.planner.stage import without_files
 from orchestrator.planner.trace import Trace
 from orchestrator.planner.tracer import Tracer
+from orchestrator.spec import Card, Parameter, RunSpec, from_json, to_json
 from orchestrator.spec import Engine as Kind
-from orchestrator.spec import Parameter, RunSpec, from_json, to_json
 from orchestrator.units import format_bytes
 
 SHOWN_OPERATIONS = 8
@@ -113,6 +116,14 @@ def _no_weights(spec: RunSpec, table: tuple[Parameter, ...]) -> Weights:
     return _Nothing(table)
 
 
+def on_host(spec: RunSpec) -> RunSpec:
+    """The same rank with its tensors in this machine's memory in place of a card's."""
+    memory = host_bytes()
+    card = Card(CPU, memory, half_tflops=0.0, memory_gb_per_s=0.0, link_gb_per_s=0.0, bf16=True, source="in place of a card")
+    cluster = replace(spec.cluster, card=card, host_bytes=memory)
+    return replace(spec, cluster=cluster, strategy=replace(spec.strategy, pin_memory=False))
+
+
 class _Meter(Tracer):
     """A tracer that also reads the CUDA allocator's own peaks at the border of each phase, and clocks the steps."""
 
@@ -165,8 +176,8 @@ def dry_run_here(spec: RunSpec, rank: int, device: torch.device) -> DryRun:
             torch.cuda.set_per_process_memory_fraction(limit / total, device)
     meter, error = _Meter(device), None
     try:
-        source = _no_weights if device.type == "cuda" else models.open_weights
-        _AlonePerformance(spec, device, meter, source).run(rank)
+        source = models.open_weights if spec.model.path is None else BlankWeights
+        _AlonePerformance(without_files(spec), device, meter, _no_weights if device.type == "cuda" else source).run(rank)
     except torch.OutOfMemoryError as caught:
         error = f"out of memory in {meter.phase}: {str(caught).splitlines()[0]}"
     meter.close_phase()

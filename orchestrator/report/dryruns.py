@@ -55,8 +55,8 @@ def show(result: dict[str, Any], title: str, stand_in: str = "") -> RenderableTy
     parts: list[RenderableType] = [table]
     if stand_in:
         parts.append(
-            f"\nNo GPU was used: the tensors of a rank on {stand_in} were made on the CPU. What a card adds by itself "
-            "(context, NCCL, workspaces, its allocator's rounding) is not in them: launch/plan.py predicts that."
+            f"\nThere was no GPU, so the tensors of a rank on {stand_in} were made on the CPU. What a card adds by itself (its "
+            "attention kernels, context, NCCL, workspaces, rounding) is not in them: launch/plan.py predicts that."
         )
     if result["error"]:
         parts.append(result["error"])
