@@ -29,11 +29,32 @@ def traces(kind: str, cases: Sequence[Case], folder: Path) -> dict[Case, Trace]:
     return {c: Trace.from_json(json.loads((folder / f"{kind}-{c.ranks}-{c.name}.json").read_text())) for c in cases}
 
 
-def apart(real: Trace, rehearsed: Trace) -> dict[str, int]:
+Peaks = dict[str, int]
+"""Highest bytes of each phase."""
+
+ATTEMPTS = 4
+"""Gloo's threads let go of a tensor when they come to it, so on a busy machine a real run may hold one longer and show a
+larger peak. It never shows a smaller one: the run that held least is the run itself."""
+
+
+def least(first: dict[Case, Trace], rehearsed: dict[Case, Trace], folder: Path) -> dict[Case, Peaks]:
+    """The peaks of the real runs of which `first` has one each; those that differ from the rehearsal are made again, up to
+    ATTEMPTS in all."""
+    held = {case: trace.peaks() for case, trace in first.items()}
+    for _ in range(ATTEMPTS - 1):
+        differing = [case for case in held if held[case] != rehearsed[case].peaks()]
+        if not differing:
+            break
+        for case, trace in traces("real", differing, folder).items():
+            again = trace.peaks()
+            held[case] = {phase: min(held[case][phase], again[phase]) for phase in again}
+    return held
+
+
+def apart(real: Peaks, rehearsed: Peaks) -> Peaks:
     """Rehearsed minus real peak of each phase, in bytes; phases that agree are left out."""
-    expected, found = real.peaks(), rehearsed.peaks()
-    assert expected.keys() == found.keys()
-    return {phase: found[phase] - expected[phase] for phase in expected if found[phase] != expected[phase]}
+    assert real.keys() == rehearsed.keys()
+    return {phase: rehearsed[phase] - real[phase] for phase in real if rehearsed[phase] != real[phase]}
 
 
 def only_in(first: Trace, second: Trace) -> str:
@@ -53,21 +74,10 @@ def sample_traces(folder: Path) -> dict[Case, Trace]:
     return traces("real", SAMPLE, folder)
 
 
-ATTEMPTS = 4
-"""Gloo's threads let go of a tensor when they come to it, so on a busy machine a real run may hold one longer and show a
-larger peak. It never shows a smaller one: the run that held least is the run itself."""
-
-
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: f"{case.ranks}ranks-{case.name}")
 def test_rehearsal_is_the_real_run_to_the_byte(case: Case, folder: Path) -> None:
     rehearsed = rehearse(run_spec(case)).trace
-    least = sample_traces(folder)[case].peaks()
-    for _ in range(ATTEMPTS - 1):
-        if least == rehearsed.peaks():
-            break
-        again = traces("real", [case], folder)[case].peaks()
-        least = {phase: min(least[phase], again[phase]) for phase in least}
-    assert rehearsed.peaks() == least
+    assert rehearsed.peaks() == least({case: sample_traces(folder)[case]}, {case: rehearsed}, folder)[case]
 
 
 @pytest.mark.slow
@@ -75,22 +85,24 @@ def test_rehearsal_is_the_real_run_to_the_byte(case: Case, folder: Path) -> None
 def test_every_strategy_to_the_byte(folder: Path) -> None:
     cases = [case for ranks in (1, 2, 4) for case in all_cases(ranks)]
     real, rehearsals = traces("real", cases, folder), traces("rehearsed", cases, folder)
+    held = least(real, rehearsals, folder)
     lines = [
         "# Rehearsal against real gloo ranks, rank 0, traced the same way", "",
         "Peak of the allocated bytes over all phases; the last column names the phases that differ and the operations behind.",
+        f"Of a case that differs the real run is made up to {ATTEMPTS} times, and the least of each phase is taken.",
         "", "| ranks | case | real peak (B) | rehearsed − real (B) | phases that differ |", "|---|---|---|---|---|",
     ]  # fmt: skip
     wrong = []
     for case in cases:
         rehearsed = rehearsals[case]
-        difference = apart(real[case], rehearsed)
-        peak = rehearsed.peak() - real[case].peak()
+        difference, most = apart(held[case], rehearsed.peaks()), max(held[case].values())
+        peak = rehearsed.peak() - most
         why = (
             f"{difference}; real: {only_in(real[case], rehearsed)}; rehearsed: {only_in(rehearsed, real[case])}"
             if difference
             else ""
         )
-        lines.append(f"| {case.ranks} | {case.name} | {real[case].peak():,} | {peak:+,} | {why} |")
+        lines.append(f"| {case.ranks} | {case.name} | {most:,} | {peak:+,} | {why} |")
         if peak:
             wrong.append(lines[-1])
     RESULTS.write_text("\n".join([*lines, ""]))
