@@ -18,12 +18,14 @@ from orchestrator.config import run_app
 
 
 def compare_runs(paths: list[str], out: Path) -> int:
-    """Print and draw what each card of finished runs held; 0."""
+    """Print and draw what each card of finished runs held; 0 if there is one."""
     from orchestrator.report import plans, runs
-    from orchestrator.report.record import load
+    from orchestrator.report.record import load_all
 
-    records = [load(Path(path).expanduser()) for path in paths]
+    records, missing = load_all([Path(path).expanduser() for path in paths])
     plans.show(runs.table(records, plans.width()))
+    for fault in missing:
+        print(f"left out: {fault.problem}")
     print(f"\npicture {runs.draw(records, out / 'runs.png')}")
     return 0
 

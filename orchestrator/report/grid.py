@@ -32,9 +32,9 @@ def within(columns: Columns, dropped: Sequence[str], width: int) -> Columns:
 def grid(columns: Columns, left: Sequence[str] = (), styles: Sequence[str] = ()) -> Table:
     """The table: columns named in `left` begin at the left, and take two lines where it is too wide all the same; others end at
     the right. `styles` are those of its rows."""
-    table = Table(box=None, padding=(0, GAP, 0, 0))
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=name not in left)
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name not in left, overflow="fold")
     for number, cells in enumerate(zip(*columns.values(), strict=True)):
         table.add_row(*cells, style=styles[number] if styles else "")
     return table

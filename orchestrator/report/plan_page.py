@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.planner.plan import Plan
 from orchestrator.report.plan_picture import COLOURS, bars
-from orchestrator.report.plans import columns_that_differ
+from orchestrator.report.plans import columns_that_differ, shared
 from orchestrator.units import GIB, format_bytes, format_seconds
 
 STYLE = """
@@ -142,7 +142,7 @@ def page(plans: Sequence[Plan], title: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>"
+        f"<body><h1>{escape(title)}</h1><p>{escape(shared(plans))}</p>"
         "<p>Bytes on each card at its peak; the black line is the card. "
         "Click a heading to sort, point at a row for its lines.</p>"
         f"<p>{legend}</p><table><thead><tr>{_head(extra)}</tr></thead><tbody>{rows}</tbody></table>"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import ConfigError, Fault
 from orchestrator.planner.plan import Plan
-from orchestrator.report.plans import columns_that_differ
+from orchestrator.report.plans import columns_that_differ, shared
 from orchestrator.units import GIB
 
 if TYPE_CHECKING:  # drawing is imported when something is drawn
@@ -99,7 +99,7 @@ def draw(plans: Sequence[Plan], title: str, path: Path) -> Path:
     axes.set_xlim(0, edge)
     cut = f" (first {MOST} of {len(plans)})" if len(plans) > MOST else ""
     axes.set_xlabel("GiB on each card at its peak; black line: the card; red: does not fit")
-    axes.set_title(f"{title}{cut}", loc="left", fontsize=10)
+    axes.set_title(f"{title}{cut}\n{shared(plans)}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(8, len(lines)), fontsize=8, frameon=False)
     return write(figure, path)

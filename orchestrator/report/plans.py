@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -31,6 +32,20 @@ def columns_that_differ(plans: Sequence[Plan]) -> list[str]:
     """Of model, tuning, cluster, precision and sequence length those that are not the same in all plans."""
     fields = ("model", "tuning", "cluster", "compute", "seq_len", "micro")
     return [field for field in fields if len({getattr(plan, field) for plan in plans}) > 1]
+
+
+def shared(plans: Sequence[Plan]) -> str:
+    """What all plans have in common, in a line: the run that they are for."""
+    words: dict[str, Callable[[Any], str]] = {
+        "model": str,
+        "tuning": str,
+        "compute": str,
+        "cluster": "on {}".format,
+        "seq_len": "{} tokens".format,
+        "micro": "micro-batch {}".format,
+    }
+    differ = columns_that_differ(plans)
+    return ", ".join(say(getattr(plans[0], field)) for field, say in words.items() if plans and field not in differ)
 
 
 def verdict(plan: Plan) -> Text:
@@ -146,7 +161,7 @@ def many(plans: Sequence[Plan], width: int = WIDE) -> RenderableType:
     said = f"{sum(plan.fits for plan in plans)} of {len(plans)} fit"
     if len(limits) == 1:
         said += f" {'the card' if plans[0].card != 'cpu' else 'the memory'} of {format_bytes(*limits)}"
-    return Group(table, Text(f"\n{said}; predicted {_bases(plans)}"))
+    return Group(table, Text(f"\n{shared(plans)}: {said}; predicted {_bases(plans)}"))
 
 
 def _bases(plans: Sequence[Plan]) -> str:

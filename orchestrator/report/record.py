@@ -115,3 +115,21 @@ def load(path: Path) -> Record:
         problem = f"{path} was not written by this version: {error}"
         raise CheckpointError(Fault("run", problem, "use the version that made it")) from None
     return Record(path, spec, ranks, lines, plan)
+
+
+def load_all(paths: Sequence[Path]) -> tuple[list[Record], list[Fault]]:
+    """The records of the runs in `paths` that have one, and what is wrong with the others: of a sweep some may have failed.
+
+    Raises:
+        CheckpointError: with every fault, where none has.
+    """
+    records: list[Record] = []
+    faults: list[Fault] = []
+    for path in paths:
+        try:
+            records.append(load(path))
+        except CheckpointError as error:
+            faults += error.faults
+    if not records:
+        raise CheckpointError(faults)
+    return records, faults

@@ -93,7 +93,8 @@ def draw(records: Sequence[Record], path: Path) -> Path:
         field, _ = meter(record)
         start = len(bars)
         if record.plan is not None:
-            bars.append((f"{record.path.name}: predicted", record.plan.memory.used / GIB, "#7f8fa6"))
+            name = f"{record.path.name} ({record.plan.words}): predicted"
+            bars.append((name, record.plan.memory.used / GIB, "#7f8fa6"))
         bars += [(f"rank {account['rank']}", account["memory"][field] / GIB, "#2f6db3") for account in record.ranks]
         if record.plan is not None:
             limits.append((record.plan.memory.limit / GIB, start - 0.5, len(bars) - 0.5))

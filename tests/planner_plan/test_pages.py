@@ -47,7 +47,8 @@ def text_of(what) -> str:
 def test_the_table_has_a_line_for_each_plan(some):
     text = text_of(plans.many(some))
     assert len(text.splitlines()) == len(some) + 3
-    assert text.splitlines()[-1].startswith(f"{sum(plan.fits for plan in some)} of {len(some)} fit the card of 22.49 GiB")
+    fitting = f"{sum(plan.fits for plan in some)} of {len(some)} fit the card of 22.49 GiB"
+    assert text.splitlines()[-1].startswith(f"llama3_8b, bf16, on 4xa10, 2048 tokens, micro-batch 1: {fitting}")
     assert "tuning" in text.splitlines()[0] and "cluster" not in text.splitlines()[0]
     assert "fits" in text and "GiB short" in text
 

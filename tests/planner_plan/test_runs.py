@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from orchestrator.config import compose
-from orchestrator.errors import ConfigError
+from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.planner.predict import by_layout
 from orchestrator.planner.screen import fixes, need, screen
 from orchestrator.report import plans, runs
-from orchestrator.report.record import Record, load
+from orchestrator.report.record import Record, load, load_all
 from orchestrator.report.tables import drift, planned
 from orchestrator.spec import to_json
 from orchestrator.train.folder import RunFolder, write_json
@@ -83,6 +83,26 @@ def test_runs_stand_side_by_side_for_each_card(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         runs.draw(records, tmp_path / "file" / "runs.png")
+
+
+def test_of_a_sweep_those_are_compared_that_have_run(tmp_path):
+    made = run_folder(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    records, missing = load_all([tmp_path / "b", tmp_path / "a", tmp_path / "c"])
+    assert [record.path for record in records] == [made.path]
+    assert [fault.problem for fault in missing] == [f"{tmp_path}/b is not a run folder", f"there is no folder {tmp_path}/c"]
+    with pytest.raises(CheckpointError, match="2 faults"):
+        load_all([tmp_path / "b", tmp_path / "c"])
+
+
+def test_a_narrow_terminal_gives_each_rank_a_line(tmp_path):
+    records = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
+    for width in (80, 100):
+        file = io.StringIO()
+        Console(file=file, width=width).print(runs.table(records, width))
+        lines = file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width and "…" not in file.getvalue()
+        assert sum("GiB (" in line for line in lines) == 8 and "rank" in lines[0] and "measured" in lines[0]
 
 
 def test_drift_is_the_error_of_the_prediction():

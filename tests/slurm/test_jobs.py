@@ -175,7 +175,8 @@ def test_of_an_array_one_task_starts_again_as_often_as_allowed_and_a_cancelled_o
     said = desk.type("-m", *words, *ENDLESS, *SMALL)
     number = re.search(r"^job +(\d+)", said, re.MULTILINE)
     first, second = (RunFolder(Path(path)) for path in re.findall(r"^run +(.+)$", said, re.MULTILINE))
-    assert number and f"launch/compare.py runs={first.path},{second.path}" in said
+    later = re.search(r"python launch/(compare\.py) (runs=.+)$", said, re.MULTILINE)
+    assert number and later and later[2] == f"runs={first.path},{second.path}"
     told, other = (Queued(desk, f"{number[1]}_{task}", folder) for task, folder in enumerate((first, second)))
     save = ("scancel", "-b", "-s", "USR1", told.number)
     told.running()
@@ -190,6 +191,10 @@ def test_of_an_array_one_task_starts_again_as_often_as_allowed_and_a_cancelled_o
     other.ends("CANCELLED", restarts=0)
     assert re.match(r"SIGTERM after step \d+ of 1000000", second.stopped.read_text()) and not second.done.exists()
     assert losses(first)[:3] != losses(second)[:3]
+    shown = desk.cluster.run(sys.executable, SUBMIT.with_name(later[1]), later[2], cwd=desk.folder)
+    table = shown.splitlines()
+    assert [table[row].split()[0] for row in (1, 2)] == [first.path.name, second.path.name] and "MiB (" in table[2]
+    assert (desk.folder / "plans" / "runs.png").is_file()
 
 
 def test_a_job_that_slurm_would_refuse_is_not_queued(desk: Desk) -> None:
