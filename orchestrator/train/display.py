@@ -17,6 +17,9 @@ from orchestrator.units import format_bytes, format_count, format_seconds
 
 LOG = logging.getLogger("orchestrator.train")
 _PLAIN_WIDTH = 140
+ROOMY = 110
+"""Characters in a line from which on a bar and the time so far stand beside the numbers of a step."""
+
 QUIET_SECONDS = 2.0
 """Tokenising that is done before this is not worth a word."""
 
@@ -95,9 +98,10 @@ class Display:
         self._begun_at, self._total, self._began = done, total, time.monotonic()
         if not self._speaks or not self._console.is_terminal:
             return
+        done_so_far = (BarColumn(bar_width=24), TimeElapsedColumn()) if self._console.width >= ROOMY else ()
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=self._console,
+            TextColumn("step"), MofNCompleteColumn(), *done_so_far, TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"), console=self._console,
         )  # fmt: skip
         self._progress.add_task("train", total=total, completed=done, numbers="")
         self._progress.start()

@@ -262,7 +262,9 @@ class Run:
         note(f"strategy {spec.strategy.label}, {ranks}, {spec.precision.compute}, {spec.optimizer.name}")
         if spec.loss.kind == "plain":
             note("loss     from whole logits: loss.kind=plain, or a family that may change them after its head")
-        product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {count(spec.strategy.dp, 'rank')}"
+        alike = f" of {spec.strategy.tp} ranks" if spec.strategy.tp > 1 else ""  # which compute the same samples together
+        learners = count(spec.strategy.dp, "group" if alike else "rank") + alike
+        product = f"{spec.batch.micro} × {count(spec.batch.accumulation, 'forward')} × {learners}"
         rows = data.rows_of(prepared)
         packed = spec.data.packing != "none"
         unit = "rows" if packed else "samples"
