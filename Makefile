@@ -54,6 +54,7 @@ faults: $(READY)
 	mkdir -p build
 	gcc -O1 -Wall -shared -fPIC -o build/boundary.so tests/faults/boundary.c -ldl
 	$(FAULTS) LD_PRELOAD=$(CURDIR)/build/boundary.so $(BIN)/python tests/faults/kills.py --random 200 --json benchmarks/results/faults-kills.json
+	$(FAULTS) LD_PRELOAD=$(CURDIR)/build/boundary.so $(BIN)/python tests/faults/lives.py --json benchmarks/results/faults-lives.json
 	$(FAULTS) LD_PRELOAD=$(CURDIR)/build/boundary.so $(BIN)/python tests/faults/disks.py --runs --json benchmarks/results/faults-disks.json
 	$(FAULTS) $(BIN)/python tests/faults/compositions.py --cases 5000 --processes 2 --json benchmarks/results/faults-compositions.json
 	$(FAULTS) $(BIN)/python tests/faults/pairs.py --json benchmarks/results/faults-pairs.json

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,20 +116,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Number of lines of `path` that are later than `step` and were taken out, so that one line stays one step.
+    """Number of lines of `path` that are later than `step` and were taken out, so that one line stays one step. A last line
+    that a crash or a full disk has torn goes too: the next one would be written behind it.
 
     The file as it was is kept beside it as `metrics.jsonl.bak` (`.bak2`, ... where that exists).
     """
     lines = read_metrics(path)
     kept = [line for line in lines if line["step"] <= step]
-    if len(kept) == len(lines):
+    raw = path.read_bytes() if path.exists() else b""
+    if len(kept) == raw.count(b"\n") and (not raw or raw.endswith(b"\n")):
         return 0
     backup, number = path.with_name(path.name + ".bak"), 1
     while backup.exists():
         number += 1
         backup = path.with_name(f"{path.name}.bak{number}")
+    shutil.copyfile(path, backup)
     fresh = path.with_name(path.name + ".new")
     fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    path.rename(backup)
-    fresh.rename(path)
+    fresh.replace(path)  # whoever dies before has lost nothing
     return len(lines) - len(kept)

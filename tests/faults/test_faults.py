@@ -37,8 +37,13 @@ def boundary(tmp_path_factory):
 
 
 def test_a_kill_at_any_change_to_the_disk_leaves_a_whole_checkpoint(boundary):
-    found = run("kills.py", "--ranks", "1", "2", "--every", "9", "--random", "5", LD_PRELOAD=str(boundary))
-    assert found["wrong"] == [] and found["kills"] > 30
+    found = run("kills.py", "--ranks", "1", "2", "--every", "13", "--random", "5", LD_PRELOAD=str(boundary))
+    assert found["wrong"] == [] and found["kills"] > 20
+
+
+def test_a_run_killed_anywhere_goes_on_to_the_same_end(boundary):
+    found = run("lives.py", "--every", "90", LD_PRELOAD=str(boundary))
+    assert found["wrong"] == [] and found["kills"]["changes"] > 0
 
 
 def test_every_damage_is_seen_and_passed_over():
@@ -66,7 +71,7 @@ def test_no_rank_gathers_the_model_to_save_it_or_to_resume():
 
 
 def test_a_disk_that_refuses_is_told_and_nothing_is_lost(boundary):
-    found = run("disks.py", "--every", "12", LD_PRELOAD=str(boundary))["saves"]
+    found = run("disks.py", "--every", "18", LD_PRELOAD=str(boundary))["saves"]
     assert found["wrong"] == [] and found["refused"].keys() == {"ENOSPC", "EDQUOT", "EROFS", "EIO"}
 
 

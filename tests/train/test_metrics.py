@@ -21,6 +21,16 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_metrics(path) == [{"step": 1}]
 
 
+def test_nothing_is_written_behind_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    drop_after(path, 1)
+    metrics = Metrics(path)
+    metrics.write({"step": 2})
+    metrics.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
 def test_resuming_keeps_one_line_for_each_step_and_a_backup(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 6))
