@@ -3,11 +3,19 @@ more ways to hang, without a launcher."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launched import LAUNCHERS, launched
+from ranks import free_port
 
+from orchestrator.train.board import Board
 from orchestrator.train.verdict import State, culprits, silent_launcher, verdict
 
 GLOO = "/x/torch/distributed/distributed_c10d.py:1 in all_reduce"
@@ -40,6 +48,28 @@ def test_the_verdict_names_place_step_and_stack():
     assert OURS in text and "the stacks of all ranks are in runs/x/train.log" in text
     assert "look at n1" in verdict([state(0), state(1, "")], 21.0, None).report()
     assert "all 2 ranks wait for each other" in verdict([state(0), state(1)], 21.0, None).report()
+
+
+KEEPER = "import sys, time, torch.distributed as d; s = d.TCPStore('127.0.0.1', int(sys.argv[1]), None, True); time.sleep(600)"
+
+
+def test_nobody_waits_for_a_store_that_neither_answers_nor_refuses():
+    """One that is stopped, and then killed."""
+    port = free_port()
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER, str(port)])
+    try:
+        board = Board(dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=120)), 0, 1)
+        told = board.look(state(0), 60)
+        assert told is not None and told[0] == (1, state(0)) and board.first == state(0)
+        keeper.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert board.look(state(0), 0.5) is None and time.monotonic() - began < 5
+        keeper.kill()
+        assert board.look(state(0), 60) is None and time.monotonic() - began < 30
+        board.close()
+    finally:
+        keeper.kill()
+        keeper.wait()
 
 
 def test_a_store_that_is_torchruns_is_named_as_such():
