@@ -87,7 +87,7 @@ def test_a_rank_without_memory_outside_of_a_step_ends_all_ranks(where, step, wor
         *SMALL, *words, "eval.every=2", "data.eval_fraction=0.1", f"run.dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache",
     ]  # fmt: skip
     done = subprocess.run([*map(str, command)], text=True, capture_output=True, timeout=400)
-    assert done.returncode == 1 and f"rank 1, step {step}, {where}" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and f"rank 1, step {step}, {where}" in done.stderr
     assert "exitcode  : 3" in done.stderr and "resume=auto goes on from step-000001" in done.stderr
     kept = json.loads((tmp_path / "run" / "memory-end-rank-00001.json").read_text())
     assert (kept["step"], kept["phase"]) == (step, where) and kept["found"]
