@@ -192,6 +192,13 @@ def _suspect_a_killed_peer(who: str) -> None:
         print_after(parent, KILLED.format(who=who), unless=_spoken(parent))
 
 
+def notice(error: BaseException, world: World) -> None:
+    """Where `error` says that another rank has gone, have that said in any case: the launcher may end this process before it
+    comes to its own report."""
+    if world.size > 1 and is_peers_fault(error):
+        _suspect_a_killed_peer(_gone(world))
+
+
 def _wait_to_be_ended(seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

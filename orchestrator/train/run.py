@@ -22,7 +22,7 @@ from orchestrator.errors import CheckpointError, ConfigError, DataError, Fault, 
 from orchestrator.layout import LOADED, STEPPED, Layout, Row, check_census, lay_out, lower, saved_bytes
 from orchestrator.model import build, loss_sum, open_weights, table_of
 from orchestrator.spec import Parameter, RunSpec, digest
-from orchestrator.train import checkpoint, folder
+from orchestrator.train import checkpoint, failure, folder
 from orchestrator.train.display import Display, count, home_word
 from orchestrator.train.export import Source
 from orchestrator.train.folder import Choice, RunFolder, write_json, write_text
@@ -315,11 +315,7 @@ class Run:
             )  # fmt: skip
             saver.save(pieces, write)
 
-        def save_now(step: int, epoch: int) -> None:
-            save(step, epoch)
-            saver.wait()
-
-        rescue = Rescue(self._shortage(engine), renewal, saver, save_now, started)
+        rescue = Rescue(self._shortage(engine), renewal, saver, save, started)
         loop = Loop(
             engine, spec, world, total, self._metrics, self.display, spikes=spikes, eval_batches=held_out,
             on_memory=self._remember, on_memory_end=rescue.meet, at=watch.at,
@@ -349,6 +345,9 @@ class Run:
                     started = ending.step if back is None else back[0]
                     if back is not None:
                         save(*back)  # the same state, and from now on the samples that are left out
+        except BaseException as error:
+            failure.notice(error, world)
+            raise
         finally:
             saver.settle()
             if renewal is not None:

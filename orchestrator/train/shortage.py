@@ -103,8 +103,8 @@ def _caught(told: Callable[[BaseException], MemoryEnded]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Rescue:
-    """What a run that takes steps does besides. `save(step, epoch)` returns when the checkpoint is on the disk; `started` is
-    the step that the run began after."""
+    """What a run that takes steps does besides. `save(step, epoch)` has a checkpoint written by the `saver`; `started` is the
+    step that the run began after."""
 
     shortage: Shortage
     renewal: Renewal | None
@@ -139,6 +139,7 @@ class Rescue:
         before.restore(shortage.world.device)
         try:
             self.save(before.step, before.epoch)
+            self.saver.wait()
         except (CheckpointError, RuntimeError, MemoryError) as error:  # what it ran out of is told first
             LOG.warning("step %d could not be saved: %s", before.step, error)
 

@@ -102,4 +102,4 @@ def test_a_rank_that_is_killed_is_named(launcher, victim, tmp_path):
     ended = launched(launcher, "kill", victim, tmp_path, 60)
     assert ended.code != 0 and ended.orphans == 0 and ended.seconds < 60
     named = "Rank {} on" if launcher == "deepspeed" else "local_rank: {})"
-    assert named.format(victim) in ended.screen and "Traceback" not in ended.screen
+    assert named.format(victim) in ended.screen
