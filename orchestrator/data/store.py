@@ -25,6 +25,14 @@ UNLEARNED = -100
 """Label of a token that is not learned, as `batch.IGNORED`."""
 
 
+def _arrow(values: npt.NDArray[Any]) -> Any:
+    """An Arrow array over the memory of `values`, numbers of one dimension. `pyarrow.array` and `to_numpy` would import pandas
+    to ask whether they were given some of it: 0.3 s of each rank's start."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
 class Writer:
     """Writes shards into `folder`; everything is safe on the disk when the context ends."""
 
@@ -56,12 +64,13 @@ class Writer:
 
         lengths = whole("lengths")
         if len(lengths):
-            starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+            starts = _arrow(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
             sources = np.concatenate([np.full(len(shard.lengths), source, np.int16) for shard, source in self._held])
             arrays = [
-                pa.ListArray.from_arrays(starts, pa.array(whole("ids"))),
-                pa.ListArray.from_arrays(starts, pa.array(whole("learned"))),
-                *map(pa.array, (lengths, whole("labelled"), sources, whole("continued"))),
+                pa.ListArray.from_arrays(starts, _arrow(whole("ids"))),
+                pa.ListArray.from_arrays(starts, _arrow(whole("learned"))),
+                *map(_arrow, (lengths, whole("labelled"), sources)),
+                _arrow(whole("continued").astype(np.uint8)).cast(pa.bool_()),
             ]
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._held, self._tokens = [], 0
@@ -85,8 +94,8 @@ class Column:
 
     def __init__(self, batches: Sequence[Any], name: str) -> None:
         arrays = [batch.column(name) for batch in batches]
-        self._values = [array.flatten().to_numpy(zero_copy_only=True) for array in arrays]
-        self._starts = [array.offsets.to_numpy(zero_copy_only=True) for array in arrays]
+        self._values = [np.from_dlpack(array.flatten()) for array in arrays]
+        self._starts = [np.from_dlpack(array.offsets) for array in arrays]
         self._firsts = np.cumsum([0, *map(len, arrays)]).tolist()
 
     def __len__(self) -> int:
@@ -134,8 +143,8 @@ class Reader:
 
     def numbers(self, name: str) -> npt.NDArray[np.int64]:
         """The column `name`, of one number for each sample, in memory."""
-        arrays = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
-        return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64)
+        arrays = [np.from_dlpack(batch.column(name).cast("int64")) for batch in self._batches]
+        return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
 def whole_lengths(folder: Path) -> npt.NDArray[np.int32]:
