@@ -113,6 +113,15 @@ def test_a_failed_rehearsal_says_what_failed() -> None:
     assert len(str(caught.value).splitlines()) < 24
 
 
+def test_zero3_fetches_weights_while_a_block_is_selectively_computed_again() -> None:
+    """With weights let go behind each layer, the second forward fetches what the first one found there, or the other way."""
+    spec = run_spec(Case(2, "zero3", "full", "bf16", "selective", 1))
+    assert spec.strategy.buckets is not None
+    buckets = replace(spec.strategy.buckets, max_reuse=0, max_live=8_000, prefetch=2_000, persistence=0)
+    lean = rehearse(replace(spec, strategy=replace(spec.strategy, buckets=buckets)))
+    assert 0 < lean.peak_bytes < rehearse(spec).peak_bytes
+
+
 def test_a_rehearsal_that_takes_too_long_says_so() -> None:
     with pytest.raises(RehearsalError, match=r"plain: no result after 0 s"):
         rehearse(run_spec(Case(1, "plain", "full", "bf16", "none", 1)), timeout=0.2)
