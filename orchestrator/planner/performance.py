@@ -1,4 +1,4 @@
-"""One short performance of a run: everything that decides its memory, done once or twice by the real engine code.
+"""One short performance of a run: everything that decides its memory, done a few times by the real engine code.
 
 The rehearsal performs on fake tensors, the dry run on one real card, the truth test on real ranks: the same lines here.
 """
@@ -14,14 +14,13 @@ from orchestrator import engine as engines
 from orchestrator import model as models
 from orchestrator.data.batch import MicroBatch
 from orchestrator.engine.census import watched
-from orchestrator.engine.protocol import Engine, Weights
+from orchestrator.engine.protocol import Engine, LossSum, Weights
 from orchestrator.layout import LOADED, STEPPED, check_census, lay_out
 from orchestrator.model import formats
+from orchestrator.planner import earlier
+from orchestrator.planner.programme import CHUNKED, EARLIER, FULL, KEPT, OWN, Programme
 from orchestrator.planner.tracer import Tracer
 from orchestrator.spec import Export, Parameter, RunSpec
-
-STEPS = 2
-"""Optimizer state appears in the first step, and ZeRO-3 knows its order of use from the second on."""
 
 HARMLESS = 64
 """How often each label is counted: the gradients of a model that has learned nothing, times the first loss scale (2¹⁶), are
@@ -30,16 +29,31 @@ more than fp16 holds, and a step that updates nothing makes no states."""
 OpenWeights = Callable[[RunSpec, tuple[Parameter, ...]], Weights]
 
 
+LOSSES: dict[str, Callable[[], LossSum]] = {
+    OWN: lambda: models.loss_sum,
+    EARLIER: lambda: earlier.loss_sum,
+    KEPT: earlier.Keeping,
+    CHUNKED: lambda: earlier.chunked,
+}
+
+
 class Performance:
-    """`run()` performs `spec` on `device` under `tracer`, as the rank that the process group says."""
+    """`run()` performs `spec` on `device` under `tracer`, as the rank that the process group says, with samples and loss as
+    `programme` has them."""
 
     def __init__(
-        self, spec: RunSpec, device: torch.device, tracer: Tracer, open_weights: OpenWeights = models.open_weights
+        self,
+        spec: RunSpec,
+        device: torch.device,
+        tracer: Tracer,
+        open_weights: OpenWeights = models.open_weights,
+        programme: Programme = FULL,
     ) -> None:
         self.spec, self.device, self.tracer, self.open_weights = spec, device, tracer, open_weights
+        self.programme, self._loss = programme, LOSSES[programme.loss]()
 
     def run(self, rank: int = 0) -> None:
-        """Load, two optimizer steps on full-length samples, save.
+        """Load, the optimizer steps of the programme, save.
 
         Raises:
             LayoutDrift: what is live is not what the Layout says.
@@ -57,8 +71,8 @@ class Performance:
             layout = lay_out(spec, table, rank)
             self._census(engine)
             check_census(layout, engine.census(), LOADED)
-            for step in range(STEPS):
-                self._step(engine)
+            for step, lengths in enumerate(self.programme.steps(spec)):
+                self._step(engine, lengths)
                 if step == 0:
                     self._census(engine)
                     check_census(layout, engine.census(), STEPPED)
@@ -83,18 +97,18 @@ class Performance:
 
     def _loss_sum(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """The project's loss, which marks where forward ends and backward begins."""
-        loss = models.loss_sum(model, batch)
+        loss = self._loss(model, batch)
         self.tracer.enter_phase("backward")
         return loss
 
-    def _step(self, engine: Engine) -> None:
-        size, length = self.spec.batch.micro, self.spec.data.seq_len
-        labelled = HARMLESS * self.spec.batch.global_size * length
-        for index in range(self.spec.batch.accumulation):
+    def _step(self, engine: Engine, lengths: tuple[int, ...]) -> None:
+        size = self.spec.batch.micro
+        labelled = HARMLESS * self.spec.batch.global_size * max(lengths)
+        for index, length in enumerate(lengths):
             self.tracer.enter_phase("forward")
             ids = torch.zeros(size, length, dtype=torch.int64)
             batch = MicroBatch(ids, torch.zeros_like(ids), self._positions(size, length))
-            engine.forward_backward(batch, labelled, last=index == self.spec.batch.accumulation - 1)
+            engine.forward_backward(batch, labelled, last=index == len(lengths) - 1)
             del ids, batch
         self.tracer.enter_phase("step")
         engine.step(self.spec.optimizer.lr)

@@ -13,17 +13,20 @@ from orchestrator.planner.allocator import replay
 from orchestrator.planner.candidates import typed
 from orchestrator.planner.losses import LossCode
 from orchestrator.planner.moments import GPU, card_moments, host_lines, largest, ledger_of
+from orchestrator.planner.orders import orders
 from orchestrator.planner.plan import LAYOUT, REHEARSAL, CardUse, Peak, Plan, Room
+from orchestrator.planner.programme import FULL, Programme
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
 from orchestrator.planner.roofline import COMPUTE, StepTime, step_time
+from orchestrator.planner.trace import Trace
 from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard, divided_table
 from orchestrator.units import MIB, align_up, format_bytes
 
 LARGE_BLOCK = 2 * MIB
 """Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
 
-Perform = Callable[[RunSpec, int, float], Rehearsal]
-"""From (spec, rank, seconds that it may take) to the rehearsal."""
+Perform = Callable[[RunSpec, int, float, Programme], Rehearsal]
+"""From (spec, rank, seconds that it may take, programme) to the rehearsal."""
 
 CALIBRATION = (
     f"step times: computing at {COMPUTE.share} of the card's peaks ({COMPUTE.low} to {COMPUTE.high} in the recorded runs), "
@@ -205,12 +208,12 @@ class _Replayed:
     notes: tuple[str, ...] = ()
 
 
-def _allocator(result: Rehearsal, room: int) -> _Replayed:
+def _allocator(trace: Trace, room: int) -> _Replayed:
     """The trace in torch's caching allocator, in its default mode, with `room` bytes to take from the driver."""
-    free = replay(result.trace, expandable=False)
+    free = replay(trace, expandable=False)
     if free.peak_reserved <= room:
         return _Replayed(free.peak_allocated, free.peak_reserved)
-    capped = replay(result.trace, expandable=False, budget=room)
+    capped = replay(trace, expandable=False, budget=room)
     if capped.fits:
         note = f"torch's allocator fits by giving cached memory back {capped.retries} times, which slows the steps"
         return _Replayed(capped.peak_allocated, capped.peak_reserved, (note,))
@@ -219,21 +222,33 @@ def _allocator(result: Rehearsal, room: int) -> _Replayed:
     return _Replayed(free.peak_allocated, needed)
 
 
-def _in_child(spec: RunSpec, rank: int, timeout: float) -> Rehearsal:
-    return rehearse(spec, rank, timeout=timeout)
+def _replayed(result: Rehearsal, room: int, programme: Programme) -> _Replayed:
+    """What the allocator makes of the rehearsal; of samples of several lengths, the middle one of several orders."""
+    traces = orders(result.trace) if programme.lengths else (result.trace,)
+    found = sorted((_allocator(trace, room) for trace in traces), key=lambda made: made.reserved)
+    return found[len(found) // 2]
+
+
+def _in_child(spec: RunSpec, rank: int, timeout: float, programme: Programme) -> Rehearsal:
+    return rehearse(spec, rank, timeout=timeout, programme=programme)
 
 
 def by_rehearsal(
-    spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int = 0, timeout: float = 600.0, perform: Perform = _in_child
+    spec: RunSpec,
+    table: Sequence[Parameter] | None = None,
+    rank: int = 0,
+    timeout: float = 600.0,
+    perform: Perform = _in_child,
+    programme: Programme = FULL,
 ) -> Plan:
-    """The Plan of `spec` from running its engine on fake tensors, as rank `rank`: in a child process, unless `perform` says
-    otherwise.
+    """The Plan of `spec` from running its engine on fake tensors as rank `rank` through `programme`: in a child process, unless
+    `perform` says otherwise.
 
     Raises:
         RehearsalError: the engine could not be rehearsed within `timeout` seconds.
     """
     table = table_for(spec) if table is None else table
-    result = perform(spec, rank, timeout)
+    result = perform(spec, rank, timeout, programme)
     over = device.overhead(spec.cluster, spec.strategy.ranks)
     ledger = _rehearsed_ledger(result, over.workspace)
     alive = ledger.lines(result.peak_phase, GPU)
@@ -244,7 +259,7 @@ def by_rehearsal(
         memory, host = _card(spec, result.peak_bytes + offloaded, 0), Room(0, 0)
     else:
         room = spec.cluster.card.memory_bytes - over.outside - over.workspace
-        replayed = _allocator(result, room)
+        replayed = _replayed(result, room, programme)
         memory = _card(spec, replayed.allocated + over.workspace, replayed.reserved + over.workspace)
         notes = replayed.notes
         lines = {row.line: row.bytes for row in layout.at("step") if row.home is Home.CPU}

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.planner.habits import with_foreach, without_masters
+from orchestrator.planner.programme import FULL, Programme
 from orchestrator.planner.repeat import ENOUGH, SHORT, repeat
 from orchestrator.planner.splice import splice
 from orchestrator.planner.trace import Living, Note, Trace
@@ -86,15 +88,18 @@ def summarize(rank: int, trace: Trace, seconds: float, basis: str = "full") -> R
     return Rehearsal(rank, trace, peaks, trace.living(at), phase, seconds, basis)
 
 
-def rehearse(spec: RunSpec, rank: int = 0, *, timeout: float = 600.0, whole: bool = False) -> Rehearsal:
-    """What rank `rank` of `spec.strategy.ranks` allocates in load, two optimizer steps and save. Runs in a child process.
+def rehearse(
+    spec: RunSpec, rank: int = 0, *, timeout: float = 600.0, whole: bool = False, programme: Programme = FULL
+) -> Rehearsal:
+    """What rank `rank` of `spec.strategy.ranks` allocates in load, the optimizer steps of `programme` (two of full samples)
+    and save. Runs in a child process.
 
     Where it is exact, a few layers are traced and the others spliced in (`basis` says so), unless `whole` is set.
 
     Raises:
         RehearsalError: the child failed or took longer than `timeout` seconds; carries its last words.
     """
-    request = json.dumps({"spec": to_json(spec), "rank": rank, "whole": whole})
+    request = json.dumps({"spec": to_json(spec), "rank": rank, "whole": whole, "programme": programme.to_json()})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         child = subprocess.run(
@@ -109,15 +114,18 @@ def rehearse(spec: RunSpec, rank: int = 0, *, timeout: float = 600.0, whole: boo
     return Rehearsal.from_json(json.loads(child.stdout.splitlines()[-1]))
 
 
-def rehearse_here(spec: RunSpec, rank: int = 0, *, whole: bool = False) -> Rehearsal:
+def rehearse_here(spec: RunSpec, rank: int = 0, *, whole: bool = False, programme: Programme = FULL) -> Rehearsal:
     """The same in this process, which afterwards is good for rehearsals alone (see `fake`); torch's default process group must
     not exist yet, or be the fake one with the same rank and size."""
     from orchestrator.planner.stage import play
 
     began = time.perf_counter()
-    shortened = None if whole else _shortened(spec, rank)
-    trace = shortened or play(spec, rank)
+    spec, programme = programme.fitted(spec)
+    shortened = None if whole else _shortened(spec, rank, programme)
+    trace = shortened or play(spec, rank, programme)
     trace = trace if spec.checkpoint.background else with_chunk(trace)
+    trace = trace if programme.masters else without_masters(trace, spec.strategy.engine)
+    trace = with_foreach(trace) if programme.foreach else trace
     return summarize(rank, trace, time.perf_counter() - began, "full" if shortened is None else "spliced")
 
 
@@ -158,21 +166,21 @@ def can_splice(spec: RunSpec) -> bool:
     return shape.num_hidden_layers > 2 * FEW * unit(spec) and shape.num_hidden_layers % unit(spec) == 0
 
 
-def _shortened(spec: RunSpec, rank: int) -> Trace | None:
+def _shortened(spec: RunSpec, rank: int, programme: Programme) -> Trace | None:
     """The trace of a run with fewer layers or micro-batches, made as long as the whole one; None where that is not exact."""
     from orchestrator.planner.stage import play
 
-    more = min(spec.batch.accumulation, ENOUGH) - SHORT
+    more = 0 if programme.lengths else min(spec.batch.accumulation, ENOUGH) - SHORT
     if more > 0:
         size = spec.strategy.dp * spec.batch.micro * SHORT
         spec = replace(spec, batch=replace(spec.batch, global_size=size, accumulation=SHORT))
-    trace = _spliced(spec, rank) if can_splice(spec) else None
+    trace = _spliced(spec, rank, programme) if can_splice(spec) else None
     if more <= 0:
         return trace
-    return repeat(trace or play(spec, rank), more)
+    return repeat(trace or play(spec, rank, programme), more)
 
 
-def _spliced(spec: RunSpec, rank: int) -> Trace | None:
+def _spliced(spec: RunSpec, rank: int, programme: Programme) -> Trace | None:
     from orchestrator.planner.stage import play
 
     shape = spec.model.shape
@@ -180,7 +188,8 @@ def _spliced(spec: RunSpec, rank: int) -> Trace | None:
 
     def at(units: int) -> Trace:
         layers = units * unit(spec)
-        return play(replace(spec, model=replace(spec.model, shape=replace(shape, num_hidden_layers=layers))), rank)
+        shallow = replace(spec.model, shape=replace(shape, num_hidden_layers=layers))
+        return play(replace(spec, model=shallow), rank, programme)
 
     return splice(at(FEW), at(FEW + 1), shape.num_hidden_layers // unit(spec) - FEW)
 
@@ -189,7 +198,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print on stdout; the answer must be alone there
-    rehearsal = rehearse_here(from_json(RunSpec, request["spec"]), request["rank"], whole=request["whole"])
+    spec, programme = from_json(RunSpec, request["spec"]), Programme.from_json(request["programme"])
+    rehearsal = rehearse_here(spec, request["rank"], whole=request["whole"], programme=programme)
     json.dump(rehearsal.to_json(), answer)
     answer.flush()
     os._exit(0)  # fake tensors and fake groups do not survive the interpreter's clean-up

@@ -16,6 +16,7 @@ from orchestrator.engine.protocol import Engine
 from orchestrator.planner import card, fake
 from orchestrator.planner.blank import BlankWeights
 from orchestrator.planner.performance import Performance
+from orchestrator.planner.programme import FULL, Programme
 from orchestrator.planner.trace import Trace
 from orchestrator.planner.tracer import Tracer
 from orchestrator.spec import Engine as Kind
@@ -74,13 +75,13 @@ def swapping_to(spec: RunSpec, folder: str) -> RunSpec:
     return replace(spec, strategy=replace(spec.strategy, nvme=replace(nvme, path=folder)))
 
 
-def play(spec: RunSpec, rank: int) -> Trace:
-    """The trace of rank `rank` of `spec`."""
+def play(spec: RunSpec, rank: int, programme: Programme = FULL) -> Trace:
+    """The trace of rank `rank` of `spec` through `programme`."""
     if spec.strategy.engine is not Kind.PLAIN and not dist.is_initialized():
         fake.join(rank, spec.strategy.ranks)
     device, tracer = device_for(spec)
     with tempfile.TemporaryDirectory() as folder, fake.fake_tensors(packed=spec.data.packing != "none"):
         spec = swapping_to(spec, folder)
         weights = models.open_weights if spec.model.path is None else BlankWeights
-        FakePerformance(without_files(replace(spec, compile="none")), device, tracer, weights).run(rank)
+        FakePerformance(without_files(replace(spec, compile="none")), device, tracer, weights, programme).run(rank)
     return tracer.trace()

@@ -20,13 +20,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.planner.plan import Plan
 from orchestrator.planner.predict import by_rehearsal, table_for
-from orchestrator.planner.rehearsal import RehearsalError, rehearse_here
+from orchestrator.planner.programme import FULL, Programme
+from orchestrator.planner.rehearsal import Rehearsal, RehearsalError, rehearse_here
 from orchestrator.spec import RunSpec, from_json, to_json
 
 STARTING = 120.0
@@ -35,8 +37,11 @@ STARTING = 120.0
 LAST_WORDS = 4000
 """Bytes kept of what a failed rehearsal said."""
 
-Rehearse = Callable[[RunSpec, float], Plan]
-"""From (spec, seconds that it may take) to its Plan; raises RehearsalError."""
+
+class Rehearse(Protocol):
+    """From a spec, the seconds that it may take, and a programme to its Plan; raises RehearsalError."""
+
+    def __call__(self, spec: RunSpec, seconds: float, programme: Programme = FULL) -> Plan: ...
 
 
 @contextlib.contextmanager
@@ -55,7 +60,7 @@ def warm() -> Iterator[Rehearse]:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
         )  # fmt: skip
         try:
-            yield lambda spec, seconds: _asked(server, address, spec, seconds)
+            yield partial(_asked, server, address)
         finally:
             assert server.stdin is not None, "it was opened as a pipe"
             server.stdin.close()
@@ -77,10 +82,10 @@ def _connected(server: subprocess.Popen[bytes], address: str) -> socket.socket:
     raise RehearsalError("the process that rehearses did not start")
 
 
-def _asked(server: subprocess.Popen[bytes], address: str, spec: RunSpec, seconds: float) -> Plan:
+def _asked(server: subprocess.Popen[bytes], address: str, spec: RunSpec, seconds: float, programme: Programme = FULL) -> Plan:
     label = spec.strategy.label
     with _connected(server, address) as line, line.makefile("rwb") as stream:
-        stream.write(json.dumps(to_json(spec)).encode() + b"\n")
+        stream.write(json.dumps({"spec": to_json(spec), "programme": programme.to_json()}).encode() + b"\n")
         stream.flush()
         child = int(stream.readline() or 0)
         line.settimeout(seconds)
@@ -94,14 +99,19 @@ def _asked(server: subprocess.Popen[bytes], address: str, spec: RunSpec, seconds
     raise RehearsalError(f"{label}: the rehearsal failed\n{answer.get('error', '(it said nothing)')}")
 
 
+def _in_this_process(spec: RunSpec, rank: int, _: float, programme: Programme) -> Rehearsal:
+    return rehearse_here(spec, rank, programme=programme)
+
+
 class _Answer(socketserver.StreamRequestHandler):
     """One request, in the fork."""
 
     def handle(self) -> None:
         self.wfile.write(f"{os.getpid()}\n".encode())
-        spec = from_json(RunSpec, json.loads(self.rfile.readline()))
+        request = json.loads(self.rfile.readline())
+        spec, programme = from_json(RunSpec, request["spec"]), Programme.from_json(request["programme"])
         try:
-            made = by_rehearsal(spec, table_for(spec), perform=lambda run, rank, _: rehearse_here(run, rank))
+            made = by_rehearsal(spec, table_for(spec), perform=_in_this_process, programme=programme)
             answer: dict[str, Any] = {"plan": made.to_json()}
         except Exception:
             answer = {"error": traceback.format_exc()[-LAST_WORDS:]}
