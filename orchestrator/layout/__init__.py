@@ -51,7 +51,7 @@ def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
     if strategy.engine is Engine.DEEPSPEED:
         host_computes = spec.cluster.card.name == "cpu"
         rows = deepspeed.rows(strategy, table, compute, spec.optimizer, spec.batch.accumulation, rank, host_computes)
-        moving = deepspeed.buffers(strategy, table, compute, spec.optimizer)
+        moving = deepspeed.buffers(strategy, table, compute, spec.optimizer, rank)
     elif strategy.engine is Engine.FSDP:
         rows = fsdp.rows(strategy, table, compute, spec.optimizer, rank)
         moving = fsdp.buffers(strategy, table, compute, spec.optimizer)

@@ -175,14 +175,16 @@ def _stage3_rows(
     )
 
 
-def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer) -> tuple[Buffer, ...]:
+def buffers(
+    strategy: Strategy, table: Sequence[Parameter], compute: str, optimizer: Optimizer, rank: int = 0
+) -> tuple[Buffer, ...]:
     """What comes and goes inside a step, from the library's source; activations are the rehearsal's business."""
     trainable, _, _ = _split(table)
     own = update_buffer(optimizer, trainable, _held(strategy, trainable), strategy.optimizer_home)
-    return (*_moving(strategy, table, compute), *own)
+    return (*_moving(strategy, table, compute, rank), *own)
 
 
-def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tuple[Buffer, ...]:
+def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str, rank: int) -> tuple[Buffer, ...]:
     trainable, _, _ = _split(table)
     total, size, knobs = sum(p.numel for p in trainable), dtype_bytes(compute), _buckets(strategy)
     ranks = strategy.dp_shard
@@ -199,16 +201,21 @@ def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str) -> tup
         reduced = max(knobs.reduce, max((p.numel for p in trainable), default=0)) // ranks * (2 * size + 4)
         return (gathered, Buffer("bucket", Home.GPU, reduced, backward, "stage3.py partition_grads"))
     if strategy.shard is Shard.NONE:
-        return (Buffer("gradients", Home.GPU, total * size, (*backward, *step), "engine.py allreduce_gradients"),)
+        cast = total * 4 if size < 4 else 0
+        return (
+            Buffer("gradients", Home.GPU, total * size, backward, "engine.py allreduce_gradients"),
+            Buffer("gradients", Home.GPU, total * size + cast, step, "fp16/unfused_optimizer.py step, fp32_groups' gradients"),
+        )
     part = align_up(total, FLAT_ALIGNMENT * ranks) // ranks
     bucket = knobs.reduce * size * (2 if knobs.overlap_comm else 1)
-    held = part if strategy.shard is Shard.GRADIENTS else total
-    offloaded = strategy.optimizer_home is not Home.GPU
     moving = [Buffer("bucket", Home.GPU, bucket, backward, "stage_1_and_2.py setup_buckets")]
-    if not offloaded:
-        held *= dtype_bytes(strategy.gradients or compute)
-        moving.append(Buffer("gradients", Home.GPU, held, (*backward, *step), "stage_1_and_2.py averaged_gradients"))
-        moving.append(Buffer("gradients", Home.GPU, part * 4, step, "stage_1_and_2.py single_grad_partition"))
+    if strategy.optimizer_home is Home.GPU:
+        each = dtype_bytes(strategy.gradients or compute)
+        own = _touched(trainable, ranks, rank)  # the partition's are parts of whole gradients; the others go after the backward
+        held = own if strategy.shard is Shard.GRADIENTS else total
+        joined = part * (4 + (each if each < 4 else 0))  # flattened, then cast
+        moving.append(Buffer("gradients", Home.GPU, held * each, backward, "stage_1_and_2.py averaged_gradients"))
+        moving.append(Buffer("gradients", Home.GPU, own * each + joined, step, "stage_1_and_2.py flat_grad_partition"))
     return tuple(moving)
 
 

@@ -78,7 +78,8 @@ def buffers(strategy: Strategy, table: Sequence[Parameter], compute: str, optimi
     size = dtype_bytes(compute)
     root = groups.get(ROOT, 0)
     block = max((numel for index, numel in groups.items() if index != ROOT), default=0)
-    gathered = sum(groups.values()) if not strategy.reshard_after_forward else root + 2 * block
+    ahead = 2 if strategy.dp_shard > 1 else 1  # a group of one has nothing to fetch ahead
+    gathered = sum(groups.values()) if not strategy.reshard_after_forward else root + ahead * block
     scatter = max(learned.values(), default=0) * 4
     trainable = sum(learned.values())
     own = ceil_div(trainable, strategy.dp_shard) * 4

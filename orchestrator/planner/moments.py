@@ -13,7 +13,7 @@ from orchestrator.layout import Layout
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner.activations import FP32, Activations, activations
 from orchestrator.planner.device import overhead
-from orchestrator.planner.losses import LossCode, loss_peaks
+from orchestrator.planner.losses import LossCode, head_trained, loss_peaks
 from orchestrator.spec import (
     INT8,
     NF4_DOUBLE,
@@ -87,15 +87,35 @@ def _gradients(spec: RunSpec, table: Sequence[Parameter], backward: Mapping[str,
     if spec.strategy.engine is Engine.FSDP:
         # The root group's gradients stay whole until its reduce-scatter at the very end (_fsdp_param_group.py post_backward).
         root = sum(p.numel for p in trainable if p.block == ROOT)
-        # Its own shard is made by that, after the whole ones are gone (_fsdp_collectives.py foreach_reduce).
+        # Its own shard is made by that, after the whole ones are gone but for the last, to which a loop's variable still points
+        # (_fsdp_collectives.py foreach_reduce, unsharded_grad).
         own = min(held, ceil_div(root, spec.strategy.dp_shard) * FP32)
-        scatter = {"reduce_scatter": backward.get("reduce_scatter", 0) + max(0, own - root * c)}
+        last = next((p.numel for p in reversed(trainable) if p.block == ROOT), 0) if spec.strategy.dp_shard > 1 else 0
+        scatter = {"reduce_scatter": backward.get("reduce_scatter", 0) + max(0, own + (last - root) * c)}
         # Beside earlier gradients, what each block's all-reduce has summed is kept to the end (_all_reduce_state).
         kept = held - own if begin and spec.strategy.dp_replicate > 1 else 0
         return _Gradients(begin, begin + head * c, held - (0 if begin else own) + root * c + kept, scatter)
+    if spec.strategy.engine is Engine.DEEPSPEED and spec.strategy.shard is Shard.NONE:
+        return _Gradients(begin, begin + head * c, held, {"bucket": _sent_at_once(trainable) * c})
     if spec.strategy.shard in (Shard.GRADIENTS, Shard.PARAMETERS) or spec.batch.accumulation > 1:
-        return _Gradients(begin, max(begin, head * c), held, {})
+        return _Gradients(begin, begin + head * c, held, {})
     return _Gradients(0, min(held, head * (FP32 if spec.strategy.engine is Engine.PLAIN else c)), held, {})
+
+
+SENT = 500_000_000
+"""Elements after which DeepSpeed's stage 0 sends the gradients that it has gone through (runtime/engine.py,
+MEMORY_OPT_ALLREDUCE_SIZE)."""
+
+
+def _sent_at_once(trainable: Sequence[Parameter]) -> int:
+    """Elements of the largest message, which is a copy of its gradients (runtime/engine.py, allreduce_no_retain)."""
+    largest = together = 0
+    for parameter in trainable:
+        together += parameter.numel
+        largest = max(largest, together)
+        if together > SENT:
+            together = 0
+    return largest
 
 
 def _step_lines(spec: RunSpec, layout: Layout) -> dict[str, int]:
@@ -103,38 +123,63 @@ def _step_lines(spec: RunSpec, layout: Layout) -> dict[str, int]:
     strategy = spec.strategy
     if strategy.shard is Shard.PARAMETERS and strategy.buckets is not None and strategy.optimizer_home is Home.GPU:
         own = sum(row.elements for row in layout.rows if row.line == "master")
-        # stage3.py _prepare_sub_group: the gradients of one sub-group at a time in fp32.
-        return {"gradients": min(own, strategy.buckets.sub_group) * FP32}
+        # stage3.py _prepare_sub_group: the gradients of one sub-group at a time, joined, and then in fp32.
+        c = dtype_bytes(strategy.gradients or spec.precision.compute)
+        return {"gradients": min(own, strategy.buckets.sub_group) * (FP32 + (c if c < FP32 else 0))}
     return {}
 
 
 def _norm_lines(spec: RunSpec, layout: Layout, table: Sequence[Parameter]) -> dict[str, int]:
-    """ZeRO-1 and 2: each gradient of the partition is cast to double precision for its norm, the largest too
-    (stage_1_and_2.py get_grad_norm_direct, get_norm_dtype)."""
+    """The gradients, and under ZeRO-1 and 2 the largest of the partition's once more: each is cast to double precision for its
+    norm, when those of other ranks are gone (stage_1_and_2.py get_grad_norm_direct, get_norm_dtype)."""
     strategy = spec.strategy
     if strategy.shard not in (Shard.OPTIMIZER, Shard.GRADIENTS) or strategy.optimizer_home is not Home.GPU:
-        return {}
+        return {"gradients": _moving(layout, "backward", Home.GPU).get("gradients", 0)}
     part = sum(row.elements for row in layout.rows if row.line == "master")
-    return {"gradients": min(part, max((p.numel for p in table if p.trainable), default=0)) * 2 * FP32}
+    c = dtype_bytes(strategy.gradients or spec.precision.compute)
+    held = _moving(layout, "step", Home.GPU).get("gradients", 0) - part * (FP32 + (c if c < FP32 else 0))
+    return {"gradients": held + min(part, max((p.numel for p in table if p.trainable), default=0)) * 2 * FP32}
 
 
-def _load_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
+def _load_lines(spec: RunSpec, layout: Layout, table: Sequence[Parameter]) -> dict[str, int]:
     """What is alive only while the engine takes the model over."""
-    strategy = spec.strategy
+    strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
+    if strategy.engine is Engine.DEEPSPEED and strategy.shard is Shard.NONE and c < FP32:
+        # fp16/unfused_optimizer.py initialize_optimizer_states: a step on gradients of zero, whose states are let go again.
+        states = sum(row.bytes for row in layout.at("step") if row.line == "moments")
+        return {"moments": states, "gradients": _moving(layout, "step", Home.GPU).get("gradients", 0)}
     if strategy.engine is Engine.DEEPSPEED and strategy.shard in (Shard.OPTIMIZER, Shard.GRADIENTS):
-        # stage_1_and_2.py __init__: the parameters and their flat copy.
-        return {"weights": sum(p.numel for p in table if p.trainable) * dtype_bytes(spec.precision.compute)}
+        # stage_1_and_2.py __init__: the parameters and their flat copy, before the partition's fp32 copy is made.
+        copy = sum(p.numel for p in table if p.trainable) * c
+        return {
+            "weights": max(
+                0, copy - sum(row.bytes for row in layout.at("load") if row.home is Home.GPU and row.line == "master")
+            )
+        }
     if strategy.engine is Engine.DEEPSPEED and strategy.shard is Shard.PARAMETERS:
-        # partition_parameters.py zero.Init: a parameter is made whole before it is divided.
-        return {"weights": max(p.numel for p in table) * dtype_bytes(spec.precision.compute)}
+        # partition_parameters.py zero.Init: a parameter is made whole before it is divided, and its part before it is moved.
+        largest_one = max(p.numel for p in table)
+        part = ceil_div(largest_one, strategy.dp_shard) if strategy.parameter_home is not Home.GPU else 0
+        return {"weights": (largest_one + part) * c}
     return {}
 
 
-def _whole_gradient(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
-    """ZeRO-2: the gradient that has just been made is whole, beside the partition that it is reduced into."""
+def _whole_gradient(spec: RunSpec, table: Sequence[Parameter]) -> int:
+    """Bytes of the largest gradient under ZeRO-2: the one that has just been made is whole, beside the partition that it is
+    reduced into, and is sent as a copy (stage_1_and_2.py, allreduce_bucket)."""
     if spec.strategy.shard is not Shard.GRADIENTS:
+        return 0
+    return max((p.numel for p in table if p.trainable), default=0) * dtype_bytes(spec.precision.compute)
+
+
+def _fetched_head(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
+    """ZeRO-3: the buffer in which the head and what is fetched with it arrive, beside the weights that are copied out of it
+    (partition_parameters.py, AllGatherCoalescedHandle.wait)."""
+    buckets = spec.strategy.buckets
+    if spec.strategy.shard is not Shard.PARAMETERS or buckets is None or not buckets.prefetch or spec.strategy.dp_shard == 1:
         return {}
-    return {"gradients": max((p.numel for p in table if p.trainable), default=0) * dtype_bytes(spec.precision.compute)}
+    head = max((p.numel for p in table if p.block == ROOT), default=0)
+    return {"gathered": (head + buckets.prefetch) * dtype_bytes(spec.precision.compute)}
 
 
 def _gathering(spec: RunSpec, table: Sequence[Parameter]) -> tuple[int, int]:
@@ -188,7 +233,8 @@ def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     parts = divided_table(table, strategy.tp)
     largest_one = max((p.numel for p in parts if p.trainable), default=0)
     if strategy.engine is Engine.DEEPSPEED:
-        return {"gathered": largest_one * c}
+        part = ceil_div(largest_one, strategy.dp_shard) if strategy.parameter_home is not Home.GPU else 0
+        return {"gathered": (largest_one + part) * c}
     own = largest_one // strategy.dp_shard * FP32 if strategy.parameter_home is not Home.GPU else 0
     joined = max((_joined(p, part) for p, part in zip(table, parts, strict=True) if p.trainable), default=0) * c
     return {"gathered": max(largest_one * (FP32 + (c if c < FP32 else 0)) + own, joined)}
@@ -227,37 +273,46 @@ def card_moments(
     def now(phase: str, what: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(phase, what, _sum(rest, workspace, *parts))
 
-    # FSDP2 has freed the root group before the loss and gathers it again for the head's backward, unless all stays gathered.
-    freed = spec.strategy.engine is Engine.FSDP and spec.strategy.reshard_after_forward
-    outside = forward if peaks.inside or not freed else {}
+    # FSDP2 frees the root group before the loss and gathers it again for the head's backward, unless all stays gathered. The
+    # buffer in which the last block arrived is kept until the next arrives (_fsdp_param_group.py, comm_ctx.all_gather_state).
+    fsdp = spec.strategy.engine is Engine.FSDP
+    freed = fsdp and spec.strategy.reshard_after_forward
+    root, blocks = _gathering(spec, parts)
+    arrived = blocks if fsdp and spec.strategy.dp_shard > 1 else 0
+    in_head = {"gathered": (root if freed else forward["gathered"]) + arrived} if fsdp else forward
+    outside = in_head if peaks.inside or not freed else {"gathered": arrived}
     waiting = {line: count for line, count in lasting.items() if not (freed and line == "gathered")}
     at_loss = {"gradients": gradients.at_loss, "activations": held.saved}
     at_start = {"gradients": gradients.at_head, "activations": held.blocks}
     flowing = {line: count for line, count in peaks.between.items() if line != "gradients"}  # the head's is in `at_start`
     at_end = {"gradients": gradients.at_end}
-    at_norm = {"gradients": backward.get("gradients", 0)}
-    fsdp = spec.strategy.engine is Engine.FSDP
-    root, blocks = _gathering(spec, parts)
+    whole, arriving = _whole_gradient(spec, table), _fetched_head(spec, table)
+    reduce = spec.strategy.buckets.reduce if spec.strategy.buckets else 0
+    sent = {"gradients": whole if head_trained(table) and whole > reduce * dtype_bytes(spec.precision.compute) else 0}
     copies = 2 if spec.strategy.dp_shard > 1 else 1  # a group of one gathers straight into its parameters
     fetched = {"gathered": copies * (root + blocks)} if fsdp else {}  # the first block is fetched ahead, and copied out too
     again = {"gathered": copies * root} if freed else {}
     # However much the forward kept, the backward frees it block by block, and the root before its gradients are reduced.
-    at_first = lasting | {"gathered": root + 2 * blocks} if fsdp else lasting
+    at_first = lasting | {"gathered": root + copies * blocks} if fsdp else lasting
     ending = {} if fsdp else lasting
     return (
-        Moment("load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, table), loading)),
+        Moment(
+            "load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, layout, table), loading)
+        ),
         now("forward", "gathering the root", fetched, {"gradients": gradients.at_loss}),
         *([now("forward", "the rows of the last block", forward, in_forward)] if rows else []),
-        now("forward", "the head", forward, at_loss, peaks.product),
+        *([now("forward", "fetching the head", forward, at_loss, arriving)] if arriving else []),
+        now("forward", "the head", in_head, at_loss, peaks.product),
         now("forward", "the loss", outside, at_loss, peaks.forward),
         now("backward", "the gradient of the loss", waiting, at_loss, peaks.backward),
         now("backward", "gathering the root again", again, at_loss, peaks.between),
         now("backward", "the gradient of the head", lasting, at_start, {"activations": held.head}, flowing),
+        *([now("backward", "the head's gradient on its way", lasting, at_start, sent)] if any(sent.values()) else []),
         now("backward", "the last block", lasting, at_start, last),
         now("backward", "the first block", at_first, at_end, inside),
-        now("backward", "the gradient of the embedding", ending, at_end, _whole_gradient(spec, table)),
+        now("backward", "the gradient of the embedding", ending, at_end, {"gradients": whole}),
         now("backward", "the reduction of the last gradients", ending, at_end, gradients.shared),
-        now("step", "the norm of the gradients", at_norm, _norm_lines(spec, layout, table)),
+        now("step", "the norm of the gradients", _norm_lines(spec, layout, table)),
         now("step", "the update", _moving(layout, "step", Home.GPU), _step_lines(spec, layout)),
         now("save", "the export", _save_lines(spec, table)),
     )
