@@ -6,6 +6,7 @@ median, ninth decile and worst error by source."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import json
@@ -22,11 +23,16 @@ if importlib.util.find_spec("orchestrator") is None:
 
 from orchestrator.config import compose
 from orchestrator.errors import OrchestratorError
-from orchestrator.planner.plan import LAYOUT
-from orchestrator.planner.planning import AUTO, BASES, WORKERS
-from orchestrator.planner.published import FITS, QUALITIES, Score, score
+from orchestrator.planner.plan import LAYOUT, Plan
+from orchestrator.planner.planning import ASKED, AUTO, BASES, WORKERS
+from orchestrator.planner.predict import by_layout
+from orchestrator.planner.programme import Programme
+from orchestrator.planner.published import FITS, QUALITIES
+from orchestrator.planner.published_score import Score, score
 from orchestrator.planner.rehearsal import RehearsalError
+from orchestrator.planner.warm import warm
 from orchestrator.report.progress import progress
+from orchestrator.spec import RunSpec
 
 
 def decile(errors: Sequence[float]) -> float:
@@ -58,16 +64,22 @@ def scores(rows: Sequence[Mapping[str, str]], basis: str) -> tuple[list[Score], 
     base = compose(["model=tiny"])
     made: list[Score] = []
     left: list[tuple[str, str]] = []
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress("score"))
+        rehearse = stack.enter_context(warm()) if basis != LAYOUT else None
+        pool = stack.enter_context(ThreadPoolExecutor(WORKERS if rehearse else 1))
 
-    def one(row: Mapping[str, str]) -> Score | str:
-        try:
-            return score(row, base, basis)
-        except RehearsalError as error:
-            return f"the rehearsal failed: {str(error).splitlines()[-1]}"
-        except (OrchestratorError, ArithmeticError, AssertionError, LookupError, ValueError) as error:
-            return f"the planner cannot lay it out: {type(error).__name__} {str(error).strip().splitlines()[-1:]}"
+        def perform(spec: RunSpec, programme: Programme) -> Plan:
+            return rehearse(spec, ASKED, programme) if rehearse else by_layout(spec)
 
-    with progress("score") as advance, ThreadPoolExecutor(WORKERS if basis != LAYOUT else 1) as pool:
+        def one(row: Mapping[str, str]) -> Score | str:
+            try:
+                return score(row, base, basis, perform)
+            except RehearsalError as error:
+                return f"the rehearsal failed: {str(error).splitlines()[-1]}"
+            except (OrchestratorError, ArithmeticError, AssertionError, LookupError, ValueError) as error:
+                return f"the planner cannot lay it out: {type(error).__name__} {str(error).strip().splitlines()[-1:]}"
+
         for done, (row, found) in enumerate(zip(rows, pool.map(one, rows), strict=True), start=1):
             if isinstance(found, Score):
                 made.append(found)

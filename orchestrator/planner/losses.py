@@ -17,11 +17,13 @@ from orchestrator.units import ceil_div, dtype_bytes
 @dataclass(frozen=True, slots=True)
 class LossCode:
     """Logit-sized fp32 tensors that a loss of whole logits keeps at its two peaks: the end of the forward and the start of the
-    backward. `half`: the logits in the compute dtype are still there at the first of them."""
+    backward. `half`: the logits in the compute dtype are still there at the first of them; rows beyond the first make the
+    shifted logits a copy, in that dtype, or one more in fp32 where it is not `half`, if the code is one that is `shifted`."""
 
     forward: int
     backward: int
     half: bool = True
+    shifted: bool = True
 
 
 OURS = LossCode(forward=2, backward=3)
@@ -57,11 +59,11 @@ def loss_peaks(spec: RunSpec, shape: ModelShape, table: Sequence[Parameter], cod
 def _whole(spec: RunSpec, shape: ModelShape, code: LossCode) -> LossPeaks:
     c = dtype_bytes(spec.precision.compute)
     logits = spec.batch.micro * spec.data.seq_len * (shape.vocab_size // spec.strategy.tp)
-    # Rows beyond the first make the shifted logits a copy (flatten of a slice).
-    low = (c if c < FP32 else 0) + (c if spec.batch.micro > 1 else 0) if code.half else 0
+    copy = (c if code.half else FP32) if code.shifted and spec.batch.micro > 1 else 0
+    low = c if code.half and c < FP32 else 0
     return LossPeaks(
         product={"logits": logits * c},
-        forward={"logits": logits * (low + code.forward * FP32)},
+        forward={"logits": logits * (low + copy + code.forward * FP32)},
         backward={"logits": logits * code.backward * FP32},
         between={"logits": logits * c},
         inside=False,

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import compose
+from orchestrator.planner.predict import table_for
+from orchestrator.planner.programme import CHUNKED, DRAWN, EARLIER, KEPT, Programme
 from orchestrator.planner.published import (
     AFTER_FORWARD,
     ALLOCATED,
@@ -17,10 +19,9 @@ from orchestrator.planner.published import (
     FITS,
     RESERVED,
     Expressed,
-    Score,
     express,
-    score,
 )
+from orchestrator.planner.published_score import Score, score
 from orchestrator.spec import Engine, Home, RunSpec, parameters
 from orchestrator.units import GIB
 
@@ -85,7 +86,7 @@ def test_an_outcome_is_scored_as_fit_or_not(base):
         ({"method": "qlora", "precision": "bf16 compute + int4 (gptq)"}, "the project's QLoRA is bitsandbytes' NF4"),
         ({"precision": "bf16 compute + int8 (gptq)"}, "precision bf16 compute"),
         ({"precision": "bf16-mixed (fp32 weights, autocast)"}, "fp32 weights under autocast"),
-        ({"method": "full", "engine": "none", "n_gpus": "1"}, "keeps an fp32 master"),
+        ({"optimizer": "SGD"}, "optimizer SGD"),
         ({"engine": "fsdp1 full_shard (wrap=Block)"}, "one flat parameter"),
         ({"fused_ce": "of our own"}, "loss of our own"),
         ({"act_ckpt": "2 of 3 blocks"}, "recompute 2 of 3 blocks"),
@@ -94,8 +95,8 @@ def test_an_outcome_is_scored_as_fit_or_not(base):
         ({"n_gpus": ""}, "number of cards not stated"),
         ({"measured_gb": "about ten"}, "not stated as a number"),
         ({"unit": "OOM", "gpu": "a card of ours"}, "card a card of ours"),
-        ({"model": "tiiuae/falcon-7b"}, "not one of the known families"),
-        ({"lora_targets": "W_pack"}, "LoRA rank 64 on W_pack"),
+        ({"model": "ours/secret-7b"}, "not one of the known families"),
+        ({"lora_targets": "q_proj, router"}, "LoRA rank 64 on q_proj, router"),
         ({"unit": "GB as printed"}, "does not say which meter"),
         ({"offload": "optimizer cpu"}, "is not what FSDP2 does"),
         ({"engine": "none", "offload": "cpu params"}, "without a sharding engine"),
@@ -132,6 +133,42 @@ def test_the_words_of_a_row_become_the_keys_of_a_run(base):
     zero = express({**ROW, "engine": "deepspeed zero-3 (auto)", "offload": "cpu optimizer+params", "n_gpus": "4"}, base)
     assert isinstance(zero, Expressed) and zero.spec.strategy.buckets is not None
     assert (zero.spec.strategy.label, zero.spec.strategy.buckets.reduce) == ("zero3-cpu", 4096**2)
+
+
+def test_a_family_without_a_table_is_built_from_its_config(base):
+    counts = {
+        "tiiuae/falcon-7b": 6.922, "microsoft/phi-2": 2.78, "EleutherAI/pythia-1b": 1.012, "facebook/opt-1.3b": 1.316,
+        "google/gemma-2-2b": 2.614, "bigscience/bloom-560m": 0.559,
+    }  # fmt: skip
+    for name, billions in counts.items():
+        run = express({**ROW, "model": name}, base)
+        assert isinstance(run, Expressed) and not run.countable, name
+        adapters = 64 * sum(sum(p.shape) for p in table_for(run.spec) if ".base_layer.weight" in p.name)
+        assert sum(p.numel for p in table_for(run.spec)) - adapters == pytest.approx(billions * 1e9, rel=0.002), name
+    told = {"falcon-7b": ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"), "gemma-2-2b": ("q_proj", "k_proj", "v_proj")}
+    for name, targets in told.items():
+        run = express({**ROW, "model": name}, base)
+        assert isinstance(run, Expressed) and run.spec.tuning.targets[: len(targets)] == targets
+
+
+def test_habits_of_other_loops_are_read_from_the_row(base):
+    def programme(**change: str) -> Programme:
+        run = express({**ROW, **change}, base)
+        assert isinstance(run, Expressed) and run.programme is not None
+        return run.programme
+
+    assert programme() == Programme((), EARLIER, masters=False, foreach=True)
+    assert programme(source="AnswerDotAI/fsdp_qlora@05ed9f2").loss == KEPT
+    assert programme(precision="bf16", optimizer="adamw_torch_fused") == Programme((), EARLIER)
+    assert programme(engine="none", n_gpus="1", method="full", precision="bf16").masters is False
+    assert programme(engine="zero2", method="full", precision="bf16") == Programme((), EARLIER)
+    assert programme(fused_ce="chunked (8)").loss == CHUNKED
+    varied = programme(notes="news, 3,234+-2547 tokens before filtering", seq_len="4096").lengths
+    assert len(varied) == DRAWN and max(varied) == varied[-1] and varied[-1] <= 4096 and len(set(varied)) > DRAWN // 2
+    low = express({**ROW, "optimizer": "bnb PagedAdamW8bit"}, base)
+    assert isinstance(low, Expressed) and low.spec.optimizer.name == "paged_adamw_8bit"
+    every = express({**ROW, "act_ckpt": "every 2nd layer"}, base)
+    assert isinstance(every, Expressed) and (every.spec.recompute, every.spec.recompute_every) == ("every_n", 2)
 
 
 ODD = """\ufeffid;model;gpu;n_gpus;method;precision;engine;act_ckpt;seq_len;micro_batch;measured_gb;unit;lora_rank;lora_targets
