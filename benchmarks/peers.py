@@ -9,8 +9,13 @@ All train a Llama of 27 M parameters from random weights, in fp32, on two ranks 
 as prompt and completion, learning the completion, with one global batch and one longest row. `padded`: SFTTrainer and Trainer
 as near to each other and to us as they go (no gradient checkpointing), and SFTTrainer as it comes; `packed`: SFTTrainer and
 ours with packing; `start`: each from its command to the end of its first step, in a process of its own, in turns; `data`: a
-file of that size tokenised and packed into rows of 2,048 by two processes (peers/prepare.py), in turns. In the first two all
-jobs are alive together and take their steps one after the other (peers/turns.py).
+file of that size tokenised and packed into rows of 2,048 by two processes (peers/prepare.py), in turns: by SFTTrainer as it
+comes, which cuts long texts off and leaves the rest out, and told to keep all of them, as ours does.
+
+In the first two one of our strategies and the peers are alive together and take their steps one after the other
+(peers/turns.py); a further strategy meets them in a run of its own, since more jobs at once would not leave the machine the
+memory to back their pages. Padded, a step has the same samples for all, and learned tokens a second are compared; packed, rows
+hold the same samples in other company, so a step's share of learned tokens is chance: tokens without padding are.
 """
 
 from __future__ import annotations
@@ -54,6 +59,10 @@ THEIRS: dict[str, dict[str, dict[str, Any]]] = {
     "start": {"trl": {"kind": "trl", "arguments": PLAIN}},
 }
 OURS = {"padded": (), "packed": ("data.packing=best_fit",), "start": ()}
+COUNTED = {"padded": "labels", "packed": "tokens"}
+"""What of a step is compared by the second."""
+
+FIELDS = ("cpu", "labels", "tokens", "positions")
 
 
 def write_rows(folder: Path) -> tuple[Path, Path]:
@@ -102,17 +111,14 @@ def their_options(kind: str, name: str, rows: Path, folder: Path, steps: int) ->
     }  # fmt: skip
 
 
-def in_turns(
-    kind: str, rounds: int, python: str, strategies: Sequence[str], scratch: Path
-) -> dict[str, list[dict[str, float]]]:
-    """Of every job its steps: processor seconds of both ranks, clock seconds, learned tokens and positions."""
+def in_turns(kind: str, rounds: int, python: str, strategy: str, scratch: Path) -> dict[str, list[dict[str, float]]]:
+    """Of every job its steps, ours under `strategy` first: processor seconds of both ranks, clock seconds, and what they held:
+    learned tokens, tokens, positions."""
     (rows, drawn), steps = write_rows(scratch), rounds + 1
-    commands: dict[str, list[str]] = {}
-    for strategy in strategies:
-        name = "ours" + (f" {strategy}" if strategy else "")
-        words = our_words(kind, rows, scratch / f"run{len(commands)}", steps, strategy.split())
-        told = json.dumps({"turns": str(scratch), "name": name, "steps": steps})
-        commands[name] = torchrun(sys.executable, 29600 + len(commands), str(PEERS / "ours.py"), told, *words)
+    name = "ours" + (f" {strategy}" if strategy else "")
+    words = our_words(kind, rows, scratch / "run", steps, strategy.split())
+    told = json.dumps({"turns": str(scratch), "name": name, "steps": steps})
+    commands = {name: torchrun(sys.executable, 29600, str(PEERS / "ours.py"), told, *words)}
     for name in THEIRS[kind]:
         options = their_options(kind, name, drawn, scratch / name, steps) | {"turns": str(scratch), "name": name}
         commands[name] = torchrun(python, 29600 + len(commands), str(PEERS / "theirs.py"), json.dumps(options))
@@ -128,7 +134,7 @@ def in_turns(
                 ranks = [
                     _awaited(scratch / f"{name}.{rank}.{step}.json", job, scratch / f"{name}.log") for rank in range(RANKS)
                 ]
-                together = {field: sum(rank[field] for rank in ranks) for field in ("cpu", "labels", "tokens")}
+                together = {field: sum(rank[field] for rank in ranks) for field in FIELDS}
                 found[name].append({**together, "wall": max(rank["wall"] for rank in ranks)})
         return found
     finally:
@@ -147,25 +153,26 @@ def _awaited(path: Path, job: subprocess.Popen[bytes], log: Path) -> dict[str, f
     return measured
 
 
-def compared(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Ratios of learned tokens a second, first steps left out: of the processor, and of the clock."""
-    rates = {
-        clock: {name: [step["labels"] / step[clock] for step in steps[1:]] for name, steps in found.items()}
-        for clock in ("cpu", "wall")
-    }
-    results: dict[str, Any] = {}
-    for name in found:
-        if name.startswith("ours"):
-            continue
-        for own in (each for each in found if each.startswith("ours")):
-            results[f"{own} ÷ {name}"] = {
-                f"learned_tokens_a_{clock}_second": account.ratio(rates[clock][own], rates[clock][name]) for clock in rates
+def compared(kind: str, runs: Sequence[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
+    """Of each run of ours with its peers, the ratios of COUNTED tokens a second, first steps left out: of the processor, and of
+    the clock; and the sums over all steps."""
+    ratios: dict[str, Any] = {}
+    totals: dict[str, list[dict[str, float]]] = {}
+    what = COUNTED[kind]
+    for found in runs:
+        own, *peers = found
+        rates = {
+            clock: {name: [step[what] / step[clock] for step in steps[1:]] for name, steps in found.items()}
+            for clock in ("cpu", "wall")
+        }
+        for name in peers:
+            ratios[f"{own} ÷ {name}"] = {
+                f"{what}_a_{clock}_second": account.ratio(rates[clock][own], rates[clock][name]) for clock in rates
             }
-    totals = {
-        name: {field: sum(step[field] for step in steps[1:]) for field in ("cpu", "wall", "labels", "tokens")}
-        for name, steps in found.items()
-    }
-    return {"ratios": results, "totals": totals}
+        for name, steps in found.items():
+            total = {field: round(sum(step[field] for step in steps[1:]), 3) for field in (*FIELDS, "wall")}
+            totals.setdefault(name, []).append(total)
+    return {"ratios": ratios, "totals": totals}
 
 
 def until(command: Sequence[str], told: dict[str, str], mark: Path, log: Path) -> account.Cost:
@@ -226,7 +233,8 @@ def prepared(rounds: int, python: str, megabytes: int, scratch: Path) -> dict[st
     """Ratios of tokens a second from a file of texts to packed rows."""
     from preparation import write
 
-    path, found = scratch / "rows.jsonl", {"ours": [], "trl": []}
+    path = scratch / "rows.jsonl"
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "trl keeping all": [], "trl as it comes": []}
     write(path, megabytes * 1_000_000, "text")
     for turn in range(rounds):
         for name, kept in found.items():
@@ -238,12 +246,16 @@ def prepared(rounds: int, python: str, megabytes: int, scratch: Path) -> dict[st
                 sys.exit(shown.stderr[-3000:])
             kept.append(json.loads(shown.stdout.splitlines()[-1]))
             print(f"data {turn + 1}/{rounds} {name}: {kept[-1]}", flush=True)
+    rates = {
+        clock: {name: [run["tokens"] / run[clock] for run in runs] for name, runs in found.items()} for clock in ("cpu", "wall")
+    }
+    own, *peers = found
     ratios = {
-        f"tokens_a_{clock}_second": account.ratio(*([run["tokens"] / run[clock] for run in runs] for runs in found.values()))
-        for clock in ("cpu", "wall")
+        f"{own} ÷ {name}": {f"tokens_a_{clock}_second": account.ratio(rates[clock][own], rates[clock][name]) for clock in rates}
+        for name in peers
     }
     last = {name: runs[-1] for name, runs in found.items()}
-    return {"ratios": {"ours ÷ trl": ratios}, "file_bytes": path.stat().st_size, "last": last}
+    return {"ratios": ratios, "file_bytes": path.stat().st_size, "last": last}
 
 
 def main() -> int:
@@ -258,18 +270,24 @@ def main() -> int:
     if not Path(asked.python).exists() or not SHARED.exists():
         missing = asked.python if SHARED.exists() else SHARED
         sys.exit(f"{missing} is not there; the first lines of this file say how to make the peers' environment")
-    with tempfile.TemporaryDirectory() as folder:
-        if asked.kind == "start":
-            results = started(asked.rounds, asked.python, Path(folder))
-        elif asked.kind == "data":
-            results = prepared(asked.rounds, asked.python, asked.megabytes, Path(folder))
-        else:
-            results = compared(in_turns(asked.kind, asked.rounds, asked.python, asked.ours, Path(folder)))
+    if asked.kind in COUNTED:
+        runs = []
+        for strategy in asked.ours:
+            with tempfile.TemporaryDirectory() as folder:
+                runs.append(in_turns(asked.kind, asked.rounds, asked.python, strategy, Path(folder)))
+        results = compared(asked.kind, runs)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            if asked.kind == "start":
+                results = started(asked.rounds, asked.python, Path(folder))
+            else:
+                results = prepared(asked.rounds, asked.python, asked.megabytes, Path(folder))
     for name, found in results["ratios"].items():
         said = ", ".join(f"{what} {value['ratio']:.3f} {value['middle_half']}" for what, value in found.items())
         print(f"{asked.kind} {name}: {said}")
-    for name, total in results.get("totals", {}).items():
-        print(f"    {name}: {total}")
+    for name, totals in results.get("totals", {}).items():
+        for total in totals:
+            print(f"    {name}: {total}")
     if asked.json:
         peers = (PEERS / "constraints.txt").read_text(encoding="utf-8").split("\n")
         packages = account.versions("torch", "deepspeed", "transformers")

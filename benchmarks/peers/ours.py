@@ -36,7 +36,8 @@ def main(options: dict[str, Any], words: list[str]) -> None:
             # Ranks of one tensor-parallel group work on the same samples: the first counts them.
             mine = batch.micro_batches if world.rank % prelude.spec.strategy.tp == 0 else ()
             own = sum(int((micro.labels[:, 1:] != IGNORED).sum()) for micro in mine)
-            turns.border(own, sum(micro.input_ids.numel() for micro in mine))
+            tokens = batch.tokens if world.first else 0  # those of all ranks
+            turns.border(own, tokens, sum(micro.input_ids.numel() for micro in mine))
 
     data.steps = stepping
     Run(prelude.spec, world).execute()

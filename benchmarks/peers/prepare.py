@@ -1,9 +1,10 @@
 """Tokenise and pack one file of texts, by TRL's SFTTrainer or by this project; prints what it took as one JSON object.
 
-    python prepare.py trl|ours FILE TOKENIZER LENGTH PROCESSES CACHE
+    python prepare.py "trl as it comes"|"trl keeping all"|ours FILE TOKENIZER LENGTH PROCESSES CACHE
 
-TRL: `load_dataset` and what SFTTrainer does when it is made with packing=True and dataset_num_proc. Ours: `data.prepare` and
-the rows of an epoch. Imports are not counted, processes that were started are.
+TRL: `load_dataset` and what SFTTrainer does when it is made with packing=True and dataset_num_proc; "keeping all" with
+packing_strategy="bfd_split", which puts what is left of a long text into further rows. Ours: `data.prepare` and the rows of an
+epoch. Imports are not counted, processes that were started are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ def spent() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def trl(path: str, tokenizer: str, length: int, processes: int, cache: str) -> tuple[Any, Any]:
+def trl(path: str, tokenizer: str, length: int, processes: int, cache: str, packing: str = "bfd") -> tuple[Any, Any]:
     """(what is timed, what counts afterwards)."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -35,8 +37,9 @@ def trl(path: str, tokenizer: str, length: int, processes: int, cache: str) -> t
     small = LlamaConfig(vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(small)
     config = SFTConfig(
-        cache, use_cpu=True, bf16=False, max_length=length, packing=True, dataset_num_proc=processes, report_to="none"
-    )
+        cache, use_cpu=True, bf16=False, max_length=length, packing=True, packing_strategy=packing, report_to="none",
+        dataset_num_proc=processes,
+    )  # fmt: skip
 
     def work() -> Any:
         data = load_dataset("json", data_files=path, split="train", cache_dir=cache)
@@ -65,7 +68,8 @@ def ours(path: str, tokenizer: str, length: int, processes: int, cache: str) -> 
 
 
 def main(kind: str, path: str, tokenizer: str, length: str, processes: str, cache: str) -> None:
-    work, count = {"trl": trl, "ours": ours}[kind](path, tokenizer, int(length), int(processes), cache)
+    kinds = {"ours": ours, "trl as it comes": trl, "trl keeping all": partial(trl, packing="bfd_split")}
+    work, count = kinds[kind](path, tokenizer, int(length), int(processes), cache)
     began, used = time.perf_counter(), spent()
     made = work()
     wall, cpu = time.perf_counter() - began, spent() - used

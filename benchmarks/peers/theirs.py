@@ -1,6 +1,7 @@
 """One rank of TRL's SFTTrainer or transformers' Trainer on rows of prompt and completion, over gloo (torchrun, two ranks).
 
-The rows are taken in the order of the file, which is the order in which our run draws them: a step has the same samples.
+Without packing the rows are taken in the order of the file, which is the order in which our run draws them: a step has the
+same samples. Packed rows come in the trainer's own random order: TRL packs the longest samples into the first rows.
 
     torchrun --nproc-per-node=2 theirs.py '{"kind": "trl" or "hf", "rows": FILE, "shape": {…}, …}'
 
@@ -59,16 +60,21 @@ def main(options: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options["tokenizer"])
     model = LlamaForCausalLM(LlamaConfig(**options["shape"]))
     rows = [json.loads(line) for line in Path(options["rows"]).read_text(encoding="utf-8").splitlines()]
-    counted = {"labels": 0, "tokens": 0}
+    counted = dict.fromkeys(("labels", "tokens", "positions"), 0)
 
     def counting(base: type) -> type:
         class Counting(base):
             def _get_train_sampler(self, *unused: Any) -> Any:
+                if options.get("packing"):
+                    return super()._get_train_sampler(*unused)
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
             def training_step(self, model: Any, inputs: Any, *further: Any, **named: Any) -> Any:
+                positions = inputs["input_ids"].numel()
+                mask = inputs.get("attention_mask")  # none where rows are joined without padding
                 counted["labels"] += int((inputs["labels"][:, 1:] != -100).sum())
-                counted["tokens"] += inputs["input_ids"].numel()
+                counted["tokens"] += positions if mask is None else int(mask.sum())
+                counted["positions"] += positions
                 return super().training_step(model, inputs, *further, **named)
 
         return Counting
@@ -85,7 +91,7 @@ def main(options: dict[str, Any]) -> None:
 
             def on_step_end(self, *unused: Any, **named: Any) -> None:
                 turns.border(**counted)
-                counted.update(labels=0, tokens=0)
+                counted.update(dict.fromkeys(counted, 0))
 
         callbacks.append(Borders())
     else:

@@ -27,12 +27,13 @@ class Turns:
         """Wait for the first turn."""
         self._wait()
 
-    def border(self, labels: int, tokens: int = 0) -> None:
-        """A step with `labels` learned tokens ends here; wait for the next turn. The process ends after the last."""
+    def border(self, labels: int, tokens: int, positions: int) -> None:
+        """A step of this rank ends here, with so many learned tokens, `tokens` in all, and `positions` with padding; wait for
+        the next turn. The process ends after the last."""
         cpu, wall = time.process_time() - self._began[0], time.perf_counter() - self._began[1]
         path = self._folder / f"{self._name}.{self._rank}.{self._done}.json"
         fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps({"cpu": cpu, "wall": wall, "labels": labels, "tokens": tokens}))
+        fresh.write_text(json.dumps({"cpu": cpu, "wall": wall, "labels": labels, "tokens": tokens, "positions": positions}))
         fresh.rename(path)
         self._done += 1
         if self._done == self._steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -33,6 +34,7 @@ class Board:
         self._found: dict[int, Sign] = {}
         self._turn = threading.Condition()
         self._asked = self._answered = 0
+        self._heard = time.monotonic()
         threading.Thread(target=self._run, name="board", daemon=True).start()
 
     @property
@@ -44,12 +46,16 @@ class Board:
         """Give a sign of life, without waiting."""
         self._ask(state, everyone=False)
 
-    def look(self, state: State, seconds: float) -> Mapping[int, Sign] | None:
-        """Give a sign of life and wait at most so long for the newest of each rank that has given one; None where the store
-        does not answer."""
-        number = self._ask(state, everyone=True)
+    def look(self, state: State, seconds: float, quiet: float = 0.0) -> Mapping[int, Sign] | None:
+        """Give a sign of life and wait for the newest of each rank that has given one; None where that takes longer than so
+        many `seconds` and the store has answered nothing for `quiet` ones: to read those of many ranks may take its time."""
+        number, begun = self._ask(state, everyone=True), time.monotonic()
         with self._turn:
-            self._turn.wait_for(lambda: self._answered >= number or self._lost, seconds)
+            while self._answered < number and not self._lost:
+                over, silent = time.monotonic() - begun - seconds, time.monotonic() - self._heard
+                if over >= 0 and silent >= quiet:
+                    break
+                self._turn.wait(max(-over, quiet - silent, 0.01))
             return dict(self._found) if self._answered >= number else None
 
     def close(self) -> None:
@@ -76,7 +82,7 @@ class Board:
                 self._everyone = False
             signs += 1
             try:
-                self._store.set(f"beat/{self._rank}", json.dumps([signs, asdict(said)]))
+                self._store.set(f"beat/{self._rank}", json.dumps([signs, asdict(said)]))  # which waits for no answer
                 found = self._read(ranks)
             except RuntimeError as error:
                 # It has gone with its process; collectives break too, unless this rank is the one that hangs.
@@ -93,7 +99,9 @@ class Board:
         """The newest sign of each of `ranks` that has given one; that of rank 0 also shows that the store answers."""
         found = {}
         for rank in ranks:
-            if self._store.check([f"beat/{rank}"]):
+            there = self._store.check([f"beat/{rank}"])
+            self._heard = time.monotonic()
+            if there:
                 signs, state = json.loads(self._store.get(f"beat/{rank}"))
                 found[rank] = (signs, State(**state | {"stack": tuple(state["stack"])}))
         return found

@@ -121,9 +121,7 @@ class Watch:
         """Gather what all ranks say, and have said `before` when this one began to wonder; the first that answers speaks, and
         this process ends."""
         own = self._state(self._stack())
-        after = self._board.look(own, LAST_LOOK_SECONDS)
-        if after is None and before is not None:  # it did answer: once more
-            after = self._board.look(own, LAST_LOOK_SECONDS)
+        after = self._board.look(own, LAST_LOOK_SECONDS, ANSWERS * self._beat)
         if after is None:
             self._judge_the_store(idle, own)
             return

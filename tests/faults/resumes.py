@@ -35,7 +35,7 @@ from orchestrator.train import commit
 from orchestrator.train.run import Run
 from orchestrator.train.world import join
 
-PATIENCE = 300.0
+PATIENCE = 1800.0
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "labelled_tokens", "finite")
 AHEAD = 50
 """Batches beyond the run's last that are compared too, so that each start has as many before it."""

@@ -2,11 +2,9 @@ import json
 import math
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from orchestrator.engine.protocol import Piece
 from orchestrator.errors import CheckpointError
@@ -14,7 +12,6 @@ from orchestrator.train import checkpoint
 from orchestrator.train.checkpoint import NotSaved
 from orchestrator.train.resume import Reader, check_run, check_tensors
 
-WORKER = Path(__file__).parent / "saving_worker.py"
 MOMENT = checkpoint.Moment(5, 1, 42, "digest", {"model": "tiny", "tuning": "full"})
 
 
@@ -151,13 +148,6 @@ def test_no_room_is_refused_before_anything_is_written(tmp_path, world):
     assert "the newest checkpoint, step-000002, is whole" in text and "the older step-000001" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
     assert Reader(tmp_path / "step-000002").read("a.weight", "weight", 0, 12).tolist() == list(map(float, range(12)))
-
-
-def test_two_ranks_write_and_one_reads(tmp_path):
-    for code, output in run_ranks(WORKER, [str(tmp_path)], 2, 240):
-        assert code == 0, output
-    reader = Reader(tmp_path / "step-000002")
-    assert reader.ranks == 2 and reader.read("w", "weight", 90, 110).tolist() == list(map(float, range(90, 110)))
 
 
 @pytest.fixture
