@@ -110,11 +110,10 @@ def test_the_page_sorts_and_shows_lines_under_the_pointer(some, tmp_path):
     page.write_text(plan_page.page(some, "sorted").replace("</body>", DRIVE + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     done = subprocess.run([str(BROWSER), *flags, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
-    by_size = sorted(some, key=lambda plan: plan.memory.used)
-    assert f'data-up="{by_size[0].words}"' in done.stdout
-    assert f'data-down="{by_size[-1].words}"' in done.stdout
-    tip = done.stdout.partition('data-tip="')[2].partition('"')[0]
-    assert by_size[-1].words in tip and "GiB" in tip and "peak in" in tip
+    said = {name: done.stdout.partition(f'data-{name}="')[2].partition('"')[0] for name in ("up", "down", "tip")}
+    sizes = {plan.words: plan.memory.used for plan in some}
+    assert sizes[said["up"]] == min(sizes.values()) and sizes[said["down"]] == max(sizes.values())
+    assert said["down"] in said["tip"] and "GiB" in said["tip"] and "peak in" in said["tip"]
 
 
 def test_options_of_a_script_are_told_from_overrides():
