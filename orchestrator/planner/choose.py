@@ -40,7 +40,8 @@ def _reason(words: str, plan: Plan, fitting: int, tried: int) -> str:
     used, limit = format_bytes(plan.memory.used), format_bytes(plan.memory.limit)
     if plan.seconds is None:
         return (
-            f"{words}: the one that sends least of {fitting} strategies that fit (of {tried}); {used} of {limit} for each rank"
+            f"{words}: of {fitting} strategies that fit (of {tried}) the one that sends the fewest bytes, as this processor's "
+            f"speed is not known; {used} of {limit} for each rank"
         )
     return (
         f"{words}: the fastest of {fitting} strategies that fit (of {tried}); {plan.seconds:.2f} s a step, "
