@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from kills import run, save
 from record import record
+from warm import warm
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.train import commit
@@ -154,8 +155,6 @@ def train(folder: Path, place: str, at: int, number: int) -> None:
 
 def runs(every: int) -> dict[str, Any]:
     """What whole runs said whose disk refused one of PLACES."""
-    import orchestrator.train.run  # noqa: F401 - the forks have it then
-
     tried: Counter[str] = Counter()
     wrong = []
     for (name, (place, code)), number in itertools.product(PLACES.items(), ERRORS):
@@ -196,6 +195,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.runs:
+        warm()
     result: dict[str, Any] = {"saves": saves(asked.every)}
     if asked.runs:
         result["runs"] = runs(1)

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import itertools
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -27,12 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import torch
 from kills import run as fork_ranks
 from moves import WORDS, State, states
 from record import record
+from warm import warm
 
 from orchestrator import engine as engines
 from orchestrator import model as models
@@ -42,9 +39,9 @@ from orchestrator.data.batch import MicroBatch
 from orchestrator.engine import Engine
 from orchestrator.engine import states as reading
 from orchestrator.layout import STEPPED, lay_out
-from orchestrator.planner.moments import card_moments, host_lines
+from orchestrator.planner.predict import by_layout
 from orchestrator.planner.tracer import Tracer
-from orchestrator.spec import Home, RunSpec
+from orchestrator.spec import RunSpec
 from orchestrator.train import checkpoint
 from orchestrator.train.resume import Reader, bring_back
 from orchestrator.train.saving import Saver
@@ -174,10 +171,7 @@ def measured(state: State, folder: Path, before: Path | None, world: World) -> d
         own = folder / "save" / "step-000001"
         for name, source in (("resume", own), ("move", before or own)):
             found[name] = asdict(resumed(spec, source, world, tracer))
-    shape = spec.model.shape
-    assert shape is not None, "the model is random"
-    planned = max(moment.bytes for moment in card_moments(spec, table, shape, world.rank))
-    planned += sum(host_lines(spec, table, Home.CPU, world.rank).values())
+    planned = by_layout(spec, table, world.rank).memory.allocated
     rest = sum(row.bytes for row in lay_out(spec, table, world.rank).at(STEPPED))
     whole, share = Reader(own).bytes, sum(pieces)
     return found | {"whole": whole, "share": share, "largest": max(pieces, default=0), "rest": rest, "planned": planned}
@@ -243,10 +237,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="strategies (zero3) or states (zero3@2)")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    for module in ("deepspeed", "peft", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(module)
-    gc.freeze()
+    warm()
     result = sweep(asked.ranks, asked.only)
     record(result, asked.json)
     return 1 if result["wrong"] else 0

@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from disks import SMALL
 from record import record
 from resumes import fingerprint
+from warm import warm
 
 from orchestrator.config import compose
 from orchestrator.train import failure
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
+    warm()
     result = sweep(asked.every, asked.seed)
     record(result, asked.json)
     return 1 if result["wrong"] else 0

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import hashlib
-import importlib
 import itertools
 import json
-import os
 import random
 import shutil
 import sys
@@ -29,11 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import torch
 from kills import run as fork_ranks
 from record import record
+from warm import warm
 
 from orchestrator import data
 from orchestrator.cluster.local import local_cluster
@@ -296,10 +292,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    for module in ("deepspeed", "peft", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(module)  # once, for all forks
-    gc.freeze()  # DeepSpeed collects garbage at each start
+    warm()
     result = sweep(asked.ranks, asked.only, asked.tunings, asked.chains, asked.seed)
     record(result, asked.json)
     return 1 if result["wrong"] else 0

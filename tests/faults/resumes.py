@@ -26,6 +26,7 @@ import torch
 from ranks import free_port
 from record import record
 from safetensors import safe_open
+from warm import warm
 
 from orchestrator import data
 from orchestrator.cluster.local import local_cluster
@@ -195,7 +196,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
+    warm()
     overrides = [
         "model=tiny", "data.seq_len=64", "batch.global_size=32", "run.epochs=2", "checkpoint.every=1", "export.format=none",
         *asked.overrides,

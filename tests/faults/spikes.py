@@ -11,10 +11,7 @@ norm of every step must be equal.
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib
 import json
-import os
 import sys
 import tempfile
 import traceback
@@ -24,13 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import torch
 from kills import run as fork_ranks
 from moves import MODEL, PATIENCE, WORDS, State, states
 from record import record
 from resumes import fingerprint
+from warm import warm
 
 from orchestrator import data
 from orchestrator.cluster.local import local_cluster
@@ -144,10 +140,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="strategies (zero3) or states (zero3@2)")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    for module in ("deepspeed", "peft", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(module)
-    gc.freeze()
+    warm()
     result = sweep(asked.ranks, asked.only)
     record(result, asked.json)
     return 1 if result["wrong"] else 0
