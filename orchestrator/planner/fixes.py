@@ -75,9 +75,13 @@ def adapters(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
         tunings = [lora, replace(lora, kind="qlora", quant="nf4", double_quant=True, dora=False)]
     for tuning in tunings:
         other = replace(spec, tuning=tuning)
-        yield f"tuning={tuning.kind}", other
-        for words, further in (*smaller_batches(other), *other_strategies(other), *both(other)):
-            yield f"tuning={tuning.kind} {words}", further
+        changes = (("", other), *smaller_batches(other), *other_strategies(other), *both(other))
+        yield from ((f"tuning={tuning.kind} {words}".rstrip(), further) for words, further in changes if _can_be(further))
+
+
+def _can_be(spec: RunSpec) -> bool:
+    """Whether compose takes the packed base of `spec`, if it has one (config/divisions.py, checks.py, computing.py)."""
+    return not spec.tuning.form or (spec.strategy.tp == 1 and spec.strategy.nvme is None and spec.compile == "none")
 
 
 def _tried(spec: RunSpec, plan: Plan, changes: Iterator[tuple[str, RunSpec]], table: Sequence[Parameter]) -> list[Fix]:

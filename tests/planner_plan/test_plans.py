@@ -97,6 +97,15 @@ def test_muon_pays_for_its_products_and_its_exchange():
     assert muon.update > 10 * usual.update and muon.communication > usual.communication
 
 
+def test_what_helps_a_divided_model_is_what_compose_takes():
+    """A packed base has no tensor parallelism: it is proposed under another strategy or not at all."""
+    words = ["model=llama3_8b", "cluster=4xa10", "data.seq_len=2048"]
+    made = plan(*words, "tensor=2")
+    assert made.verdict == SHORT and made.fixes
+    for fix in made.fixes:
+        assert any(group in fix.words for group in ("zero=", "fsdp=", "tensor=")) and plan(*words, *fix.words.split()).fits
+
+
 def test_fixes_that_change_the_result_come_last():
     spec = compose(["model=llama3_8b", "cluster=1xt4", "data.seq_len=2048", "zero=stage1", "batch.micro=4"])
     found = [fix.words for fix in fixes(spec, by_layout(spec))]
