@@ -17,13 +17,14 @@ def heads() -> dict[str, str]:
     return found
 
 
-def ways_out() -> dict[str, list[list[str]]]:
-    """By recipe what to change where it needs too much: one change after the other, of each its alternatives."""
+def ways_out() -> dict[str, tuple[bool, list[list[str]]]]:
+    """By recipe (whether it is about host memory, what to change where it needs too much: one change after the other, of each
+    its alternatives)."""
     found = {}
     for name, head in heads().items():
-        said = re.search(r"Too much[^:]*: (.*)\.$", head)
+        said = re.search(r"Too much( for the host)?[^:]*: (.*)\.$", head)
         if said:
-            found[name] = [step.split(", or ") for step in said[1].split(", then ")]
+            found[name] = (bool(said[1]), [step.split(", or ") for step in said[2].split(", then ")])
     return found
 
 
