@@ -13,8 +13,8 @@ file of that size tokenised and packed into rows of 2,048 by two processes (peer
 comes, which cuts long texts off and leaves the rest out, and told to keep all of them, as ours does.
 
 In the first two one of our strategies and the peers are alive together and take their steps one after the other
-(peers/turns.py); a further strategy meets them in a run of its own, since more jobs at once would not leave the machine the
-memory to back their pages. Padded, a step has the same samples for all, and learned tokens a second are compared; packed, rows
+(peers/turns.py); a further strategy meets them in a run of its own, since with seven jobs at once our steps cost a third more
+than alone (docs/log.md). Padded, a step has the same samples for all, and learned tokens a second are compared; packed, rows
 hold the same samples in other company, so a step's share of learned tokens is chance: tokens without padding are.
 """
 
