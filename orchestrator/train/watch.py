@@ -107,7 +107,9 @@ class Watch:
                 asked = None
                 self._board.say(self._state())
             elif idle <= limit:
-                asked = asked or self._board.look(self._state(self._stack()), min(self._beat, limit - idle))
+                # Signs go on after the first answer: who judges a moment sooner would else take this rank for silent.
+                seen = self._board.look(self._state(self._stack()), min(self._beat, limit - idle))
+                asked = asked or seen
             else:
                 self._judge(idle, asked)
                 return
@@ -131,7 +133,11 @@ class Watch:
             signs, state = after.get(rank, (0, self._unheard(rank)))
             silent = signs == (before[rank][0] if rank in before else 0)
             states.append(replace(state, stack=() if silent else state.stack or ("it goes on",)))
-        speaker = min((state.rank for state in states if state.answers), default=self._world.rank)
+        # A rank in a phase that may take longer judges later: it cannot speak for the others.
+        awaited = [
+            state for state in states if state.answers and PATIENCE.get(state.phase, 1.0) <= PATIENCE.get(own.phase, 1.0)
+        ]
+        speaker = min((state.rank for state in awaited), default=self._world.rank)
         self._keep(states)
         gone = [state for state in states if not state.answers]
         self._leave(speaker, verdict(states, idle, self._log), gone)
