@@ -11,7 +11,6 @@ share and a chunk; a resume, beyond what rests on the rank afterwards, one read.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
@@ -28,8 +27,7 @@ from typing import Any
 import torch
 from kills import run as fork_ranks
 from moves import WORDS, State, states
-from record import record
-from warm import warm
+from record import by_state
 
 from orchestrator import engine as engines
 from orchestrator import model as models
@@ -231,17 +229,5 @@ def _brief(ranks: Sequence[dict[str, Any]]) -> dict[str, int]:
     return highest | {"anonymous": max(found["save"]["anonymous"] for found in ranks)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--only", nargs="+", default=[], help="strategies (zero3) or states (zero3@2)")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    warm()
-    result = sweep(asked.ranks, asked.only)
-    record(result, asked.json)
-    return 1 if result["wrong"] else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(by_state(sweep))

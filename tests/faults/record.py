@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from warm import warm
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "safetensors")
 
@@ -27,3 +31,16 @@ def record(result: dict[str, Any], path: Path | None) -> None:
     print(text)
     if path is not None:
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def by_state(sweep: Callable[[list[int], list[str]], dict[str, Any]]) -> int:
+    """The exit code of a sweep over strategies and numbers of ranks, as the command line asks for it; what it found is kept."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--only", nargs="+", default=[], help="strategies (zero3) or states (zero3@2)")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    warm()
+    result = sweep(asked.ranks, asked.only)
+    record(result, asked.json)
+    return 1 if result["wrong"] else 0

@@ -10,7 +10,6 @@ norm of every step must be equal.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -24,9 +23,8 @@ from typing import Any
 import torch
 from kills import run as fork_ranks
 from moves import MODEL, PATIENCE, WORDS, State, states
-from record import record
+from record import by_state
 from resumes import fingerprint
-from warm import warm
 
 from orchestrator import data
 from orchestrator.cluster.local import local_cluster
@@ -134,17 +132,5 @@ def sweep(counts: Sequence[int], only: Sequence[str]) -> dict[str, Any]:
     return {"states": list(told), "same": len(same), "compared": sum(found["compared"] for found in same), "wrong": wrong}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--only", nargs="+", default=[], help="strategies (zero3) or states (zero3@2)")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    warm()
-    result = sweep(asked.ranks, asked.only)
-    record(result, asked.json)
-    return 1 if result["wrong"] else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(by_state(sweep))
