@@ -42,6 +42,11 @@ class Board:
         """What rank 0 has last said, as far as this rank has heard."""
         return self._found[0][1] if 0 in self._found else None
 
+    @property
+    def lost(self) -> bool:
+        """Whether the store has ended with its process, which is more than that it does not answer."""
+        return self._lost
+
     def say(self, state: State) -> None:
         """Give a sign of life, without waiting."""
         self._ask(state, everyone=False)

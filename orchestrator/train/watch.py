@@ -1,7 +1,7 @@
 """A rank that no longer moves: found within a time limit, named with its last step and its stack, and the run ended.
 
 Every rank says where it is (`at`), and a thread of its own tells the others on the board (train/board.py). When a rank has not
-moved for some time, usually all have: they wait for the one that is missing. Each then publishes its stack, and when the time
+moved for some time, usually all have: they wait for the one that is missing. Each publishes where it stands, and when the time
 is over the first that still answers judges who it was (train/verdict.py), speaks, ends who no longer answers beside it, and
 ends; the launcher ends the rest. Where the store itself is silent, it is the process that keeps it. Against a rank that holds
 Python's lock, so that no thread of it runs, faulthandler ends it from a C thread (CPython, Modules/faulthandler.c).
@@ -42,12 +42,14 @@ BEATS = 8
 
 BEAT_SECONDS = 10.0
 ANSWERS = 2.5
-"""Beats before the time limit in which each rank publishes its stack; who is silent in all of them counts as gone."""
+"""Beats before the time limit in which the signs of the others are counted; who is silent in all of them counts as gone."""
 
 LAST_LOOK_SECONDS = 0.75
 """For the store to answer when the time is over."""
 
 SPEAK_SECONDS = 5.0
+"""For the speaker to say why; who else has judged gives signs meanwhile."""
+
 GRACE_SECONDS = 30.0
 """After the time limit, until a rank whose threads do not run is ended from outside Python."""
 
@@ -96,8 +98,11 @@ class Watch:
     def _limit(self) -> float:
         return self._seconds * PATIENCE.get(self._phase, 1.0)
 
-    def _state(self, stack: Sequence[str] = ()) -> State:
-        return State(self._world.rank, self._world.host, os.getpid(), self._step, self._phase, self._order, tuple(stack))
+    def _state(self) -> State:
+        """What this rank says of itself. Its stack belongs to every sign: a rank that came late into the collective in which
+        another has waited for the whole limit waits as that one does, and only its stack says so."""
+        stack = tuple(self._stack())
+        return State(self._world.rank, self._world.host, os.getpid(), self._step, self._phase, self._order, stack)
 
     def _run(self) -> None:
         asked: Mapping[int, Sign] | None = None
@@ -108,7 +113,7 @@ class Watch:
                 self._board.say(self._state())
             elif idle <= limit:
                 # Signs go on after the first answer: who judges a moment sooner would else take this rank for silent.
-                seen = self._board.look(self._state(self._stack()), min(self._beat, limit - idle))
+                seen = self._board.look(self._state(), min(self._beat, limit - idle))
                 asked = asked or seen
             else:
                 self._judge(idle, asked)
@@ -116,13 +121,13 @@ class Watch:
 
     def _stack(self) -> list[str]:
         frame = sys._current_frames().get(self._main)
-        found = traceback.extract_stack(frame) if frame is not None else []
-        return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in found]
+        found = [(each.f_code, line) for each, line in traceback.walk_stack(frame)] if frame is not None else []
+        return [f"{code.co_filename}:{line} in {code.co_name}" for code, line in reversed(found)]
 
     def _judge(self, idle: float, before: Mapping[int, Sign] | None) -> None:
         """Gather what all ranks say, and have said `before` when this one began to wonder; the first that answers speaks, and
         this process ends."""
-        own = self._state(self._stack())
+        own = self._state()
         after = self._board.look(own, LAST_LOOK_SECONDS, ANSWERS * self._beat)
         if after is None:
             self._judge_the_store(idle, own)
@@ -132,7 +137,7 @@ class Watch:
         for rank in range(self._world.size):
             signs, state = after.get(rank, (0, self._unheard(rank)))
             silent = signs == (before[rank][0] if rank in before else 0)
-            states.append(replace(state, stack=() if silent else state.stack or ("it goes on",)))
+            states.append(replace(state, stack=() if silent else state.stack))
         # A rank in a phase that may take longer judges later: it cannot speak for the others.
         awaited = [
             state for state in states if state.answers and PATIENCE.get(state.phase, 1.0) <= PATIENCE.get(own.phase, 1.0)
@@ -144,7 +149,8 @@ class Watch:
 
     def _judge_the_store(self, idle: float, own: State) -> None:
         """End where nobody can be asked: the process that keeps the store does not answer. On another machine than its own, if
-        there is one, somebody is left to say so."""
+        there is one, somebody is left to say so. Where it has ended instead, it has said why, and its launcher ends the rest:
+        only a rank that this does not reach speaks, of itself."""
         hosts = self._world.hosts
         self._keep([own])
         kept = launcher_keeps_the_store()
@@ -152,6 +158,9 @@ class Watch:
         speaker = min([rank for rank in ranks if hosts[rank] != hosts[0]] or ranks, default=self._world.rank)
         if kept:
             self._leave(speaker, silent_launcher(hosts[0], idle, self._log), ())
+        elif self._board.lost:
+            time.sleep(SPEAK_SECONDS)
+            failure.abandon(verdict([own], idle + SPEAK_SECONDS, self._log), self._log)
         else:
             first = replace(self._board.first or self._unheard(0), stack=())
             self._leave(speaker, verdict([first], idle, self._log), [first])
@@ -164,7 +173,11 @@ class Watch:
         """End this process; the `speaker` says why before, and ends those `gone` after it, since the launcher ends a run as
         soon as one process has."""
         if speaker != self._world.rank:
-            time.sleep(SPEAK_SECONDS)
+            # The speaker may judge a little later, and would take who is silent until then for the culprit.
+            until = time.monotonic() + SPEAK_SECONDS
+            while time.monotonic() < until:
+                self._board.say(self._state())
+                time.sleep(min(self._beat, 1.0))
             failure.abandon(None, self._log)
         failure.abandon(error, self._log, lambda: self._end(gone))
 
