@@ -114,6 +114,14 @@ def _tensor(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
         pinned = spec.cluster.card.name != CPU
         offloaded = replace(sharded, optimizer_home=Home.CPU, parameter_home=Home.CPU, pin_memory=pinned)
         yield f"fsdp=full_shard tensor={size} offload=cpu", offloaded
+        for stage in (stage for stage in ZERO_STAGES if stage not in divisions.BESIDE):
+            zero = replace(
+                sharded, engine=Engine.DEEPSPEED, shard=ZERO_STAGES[stage], buckets=buckets(ZeroConf(), spec.model.shape)
+            )
+            if ranks > size:
+                yield f"zero=stage{stage} tensor={size}", zero
+            halfway = replace(zero, optimizer_home=Home.CPU, pin_memory=pinned)
+            yield f"zero=stage{stage} tensor={size} offload=optimizer", halfway
 
 
 def _every(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
@@ -126,7 +134,15 @@ def _every(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
 
 def strategies(spec: RunSpec) -> Iterator[tuple[str, Strategy]]:
     """(what to type, strategy) for the ranks of `spec`; none that `compose` would refuse."""
-    return ((words, strategy) for words, strategy in _every(spec) if suits(spec.optimizer.name, strategy))
+    able = ((words, strategy) for words, strategy in _every(spec) if suits(spec.optimizer.name, strategy))
+    if spec.compile == "none":
+        return able
+    # config/computing.py compile_faults: DeepSpeed's stage 3 and tensor parallelism act inside a block.
+    return (
+        (words, strategy)
+        for words, strategy in able
+        if strategy.tp == 1 and (strategy.engine is not Engine.DEEPSPEED or strategy.shard is not Shard.PARAMETERS)
+    )
 
 
 def candidates(spec: RunSpec, recompute: tuple[str, ...] = RECOMPUTE) -> tuple[Candidate, ...]:
