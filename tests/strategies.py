@@ -35,6 +35,8 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
     if ranks > 1:
         found["hybrid_shard"] = replace(fsdp, dp_replicate=2, dp_shard=ranks // 2)
         found["tensor2"] = replace(fsdp, dp_replicate=ranks // 2, dp_shard=1, tp=2)
+        found["zero1_tensor2"] = replace(found["zero1"], dp_shard=ranks // 2, tp=2)
+        found["zero2_optimizer_tensor2"] = replace(found["zero2_optimizer"], dp_shard=ranks // 2, tp=2)
     if ranks > 2:
         found["full_shard_tensor2"] = replace(fsdp, dp_shard=ranks // 2, tp=2)
         found["tensor4"] = replace(fsdp, dp_replicate=ranks // 4, dp_shard=1, tp=4)

@@ -19,6 +19,16 @@ from orchestrator.spec import Cluster, ModelShape, sizes_that_divide, widths
 FIELD = "tensor"
 
 
+BESIDE = {
+    0: ("stage 0 divides nothing beside it", "use tensor={size} alone, which holds the same, or zero=stage1 tensor={size}"),
+    3: (
+        "stage 3 divides whole parameters among all ranks as they are made, before their matrices could be divided",
+        "use zero=stage1 tensor={size}, or fsdp=full_shard tensor={size}",
+    ),
+}
+"""By ZeRO stage why it cannot stand beside tensor parallelism, and what to do."""
+
+
 def _sizes(sizes: tuple[int, ...]) -> str:
     """What to type instead."""
     words = [f"tensor={size}" if size in (2, 4) else f"tensor.size={size}" for size in sizes]
@@ -30,12 +40,9 @@ def tensor_faults(tensor: TensorConf, zero: ZeroConf, ranks: int, cluster: Clust
     size, faults = tensor.size, []
     if size == 1:
         return []
-    if zero.stage is not None:
-        problem = (
-            f"tensor={size} with zero=stage{zero.stage}: DeepSpeed divides matrices by its own automatic tensor parallelism, "
-            "which removes adapters from the layers that it replaces (tried with 0.19.8)"
-        )
-        faults.append(Fault(FIELD, problem, f"use tensor={size} fsdp=full_shard, or zero=stage3 tensor=none"))
+    if zero.stage in BESIDE:
+        problem, remedy = BESIDE[zero.stage]
+        faults.append(Fault(FIELD, f"tensor={size} with zero=stage{zero.stage}: {problem}", remedy.format(size=size)))
     if ranks % size:
         sizes = tuple(n for n in range(2, ranks + 1) if ranks % n == 0)
         many = "1 rank" if ranks == 1 else f"{ranks} ranks"

@@ -126,7 +126,8 @@ def build_strategy(conf: RootConf, ranks: int, cluster: Cluster, shape: ModelSha
         return Strategy(
             engine=Engine.DEEPSPEED,
             shard=ZERO_STAGES[conf.zero.stage],
-            dp_shard=ranks,
+            dp_shard=ranks // conf.tensor.size,
+            tp=conf.tensor.size,
             optimizer_home=optimizer_home,
             parameter_home=parameter_home,
             pin_memory=pin,

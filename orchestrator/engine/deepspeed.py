@@ -23,8 +23,9 @@ from torch import nn
 
 from orchestrator.data.batch import MicroBatch
 from orchestrator.engine import optimizers
-from orchestrator.engine.census import measure
+from orchestrator.engine.census import local, measure
 from orchestrator.engine.deepspeed_aio import load_op
+from orchestrator.engine.deepspeed_groups import TENSOR, Groups, forget
 from orchestrator.engine.deepspeed_swap import (
     SwappedStates,
     disk_rows,
@@ -37,7 +38,6 @@ from orchestrator.engine.deepspeed_swap import (
 from orchestrator.engine.materialize import (
     StoredWeights,
     cast,
-    fill,
     materialize,
     move_buffers,
     replace_parameters,
@@ -47,6 +47,7 @@ from orchestrator.engine.materialize import (
 from orchestrator.engine.protocol import LossSum, Piece, StepResult, Weights
 from orchestrator.engine.states import Fragment, fill_run
 from orchestrator.engine.swap_folder import SwapFolder, claim
+from orchestrator.engine.tensor_parallel import TensorParallel
 from orchestrator.layout import Row, lower
 from orchestrator.spec import Home, RunSpec, Shard
 from orchestrator.units import TORCH_NAMES, ceil_div
@@ -105,7 +106,9 @@ class DeepSpeedEngine:
         self.config = lower(self.spec)
         self.compute = getattr(torch, TORCH_NAMES[spec.precision.compute])
         self.shard = spec.strategy.shard
-        self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self.ranks, self.rank = spec.strategy.dp, dist.get_rank()
+        self.groups = Groups(device, spec.strategy.tp) if spec.strategy.tp > 1 else None
+        self.tensor = TensorParallel(self.groups.mesh[TENSOR] if self.groups else None)
         self.micro_step = 0
         self.model: nn.Module
         self.engine: Any
@@ -144,15 +147,20 @@ class DeepSpeedEngine:
             self._fill_partitions(model, weights)
         else:
             cast(model, lambda parameter: self.compute)
+            self.tensor.divide(model)
             materialize(model, self.device)
-            fill(model, weights)
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            self.tensor.fill(model, weights)
+            self.tensor.add_up_as_made(model)
+        trained: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for name, parameter in trained:
+            parameter.model_parallel = self.tensor.is_divided(name)  # whose squares differ among ranks (runtime/utils.py)
         with _buffers_kept(model):
             self.engine, self.zero, _, _ = self.deepspeed.initialize(
                 model=model,
                 optimizer=optimizers.make_optimizer(trained, self.spec),
                 config=self.config,
                 dist_init_required=False,
+                mpu=self.groups,
             )
         self.model = model
         self.states = SwappedStates(self.zero)
@@ -194,14 +202,15 @@ class DeepSpeedEngine:
 
     def forward_backward(self, batch: MicroBatch, labelled: int, *, last: bool, learn: bool = True) -> torch.Tensor:
         self.engine.train(learn)
-        with torch.set_grad_enabled(learn):
-            loss = self.loss_sum(self.engine, batch)
-        if learn:
-            # DeepSpeed averages over the ranks; the contract wants the sum, and no division by the accumulation.
-            self.engine.backward(loss * (self.ranks / labelled), scale_wrt_gas=False)
-            if not last:
-                self.engine.step()  # inside an accumulation this only counts the micro-batch
-        return loss.detach()
+        with self.tensor.loss():
+            with torch.set_grad_enabled(learn):
+                loss = self.loss_sum(self.engine, batch)
+            if learn:
+                # DeepSpeed averages over the ranks; the contract wants the sum, and no division by the accumulation.
+                self.engine.backward(loss * (self.ranks / labelled), scale_wrt_gas=False)
+                if not last:
+                    self.engine.step()  # inside an accumulation this only counts the micro-batch
+        return local(loss.detach())
 
     def step(self, lr: float) -> StepResult:
         optimizers.set_lr(self.optimizer, lr)
@@ -269,12 +278,13 @@ class DeepSpeedEngine:
         scale = float(getattr(self.zero, "cur_scale", 1.0)) if self.compute == torch.float16 else 1.0
         owned = self.shard is not Shard.NONE or self.rank == 0
         pieces = self.states.pieces(self.optimizer, self._masters(), self._fragments(), owned)
-        return pieces, optimizers.scalars(self.optimizer, self.spec, scale)
+        return self.tensor.placed(pieces), optimizers.scalars(self.optimizer, self.spec, scale)
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], torch.Tensor], scalars: dict[str, float]) -> None:
-        self.states.load(self.optimizer, self.spec, self._masters(), self._fragments(), read, scalars)
-        self._publish(read)
+        own = self.tensor.reader(read, {name: tuple(p.shape) for name, p in self._trained()}) if self.groups else read
+        self.states.load(self.optimizer, self.spec, self._masters(), self._fragments(), own, scalars)
+        self._publish(own)
         if self.compute == torch.float16 and hasattr(self.zero, "loss_scaler"):
             self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
 
@@ -302,7 +312,8 @@ class DeepSpeedEngine:
             if self.shard is Shard.PARAMETERS:
                 gathered = self.deepspeed.zero.GatheredParameters([parameter])
             with gathered:
-                whole = parameter.detach().to("cpu", copy=True) if self.rank == 0 else torch.empty(0, dtype=self.compute)
+                whole = self.tensor.gather(name, parameter.detach())
+                whole = whole.to("cpu", copy=True) if self.rank == 0 else torch.empty(0, dtype=self.compute)
             yield name, whole
 
     # What is live --------------------------------------------------------------------------------------------------
@@ -362,6 +373,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         swapper = swapper_of(self.model.parameters())
         self.engine.destroy()
+        forget()
         free_weight_buffers(swapper)
         if self.swap_folder is not None:
             self.swap_folder.release()

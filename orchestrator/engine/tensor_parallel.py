@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional
 
-from orchestrator.engine.protocol import LossGivingHead, Piece
+from orchestrator.engine.materialize import StoredWeights
+from orchestrator.engine.protocol import LossGivingHead, Piece, Weights
 from orchestrator.engine.states import READ_AT_ONCE, Read
 from orchestrator.spec import Division, division
 from orchestrator.spec.division import INPUTS, OUTPUTS, VOCABULARY
+from orchestrator.units import align_up
 
 
 class _Spread(torch.autograd.Function):
@@ -87,12 +90,12 @@ def _read_region(read: Read, name: str, kind: str, region: Region, width: int) -
 
 
 class TensorParallel:
-    """One rank's place in the group that `mesh` is; in a group of one everything is as without it."""
+    """One rank's place in the group that `mesh` is; in a group of one, and without a mesh, everything is as without it."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh | None) -> None:
         self._mesh = mesh
-        self.size, self.rank = mesh.size(), mesh.get_local_rank()
-        self._group = mesh.get_group()
+        self.size, self.rank = (mesh.size(), mesh.get_local_rank()) if mesh is not None else (1, 0)
+        self._group = mesh.get_group() if mesh is not None else None
         self._kinds: dict[str, Division] = {}
 
     # The module ----------------------------------------------------------------------------------------------------
@@ -189,6 +192,14 @@ class TensorParallel:
         """A context for forward and backward in which torch's cross-entropy takes divided logits."""
         return loss_parallel() if self.size > 1 else nullcontext()
 
+    @torch.no_grad()
+    def fill(self, model: nn.Module, weights: Weights) -> None:
+        """Copy this rank's part of every parameter from `weights`, one at a time."""
+        weights = StoredWeights(model, weights)
+        for name, parameter in model.named_parameters():
+            region = self.region(name, parameter.shape, 0, parameter.numel())
+            parameter.copy_(weights.read(name, region.start, region.stop, region.columns).view(parameter.shape))
+
     # Gradients and state ---------------------------------------------------------------------------------------------
 
     def add_up(self, gradients: Iterable[tuple[str, torch.Tensor]], device: torch.device) -> None:
@@ -200,6 +211,18 @@ class TensorParallel:
         dist.all_reduce(flat, group=self._group)
         for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(total.view(part.shape))
+
+    def add_up_as_made(self, model: nn.Module) -> None:
+        """Sum over the group each gradient of `model` of which every rank computes a part only, before anything else sees it:
+        for an engine that takes gradients to itself as they are made."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and self._kinds.get(name) is Division.SUMMED:
+                parameter.register_hook(self._total)
+
+    def _total(self, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total
 
     def is_divided(self, name: str) -> bool:
         """Whether every rank of the group holds another part of the parameter `name`."""
@@ -228,22 +251,40 @@ class TensorParallel:
         begin = self.rank * math.prod(part) if dim == 0 else 0
         return Region(begin + start, begin + start + count)
 
+    def runs(self, name: str, part: torch.Size, start: int, count: int) -> Iterator[tuple[int, int, Region]]:
+        """(offset, elements, where they lie in the whole) of what elements [start, start + count) of this rank's flattened part
+        consist of: of a part cut by columns whole rows, and before and behind them what is not a whole row."""
+        if self._dim(name) != 1:
+            yield 0, count, self.region(name, part, start, count)
+            return
+        width, stop = part[1], start + count
+        first = min(align_up(start, width), stop)
+        for begin, end in pairwise(sorted({start, first, max(first, stop // width * width), stop})):
+            if begin % width == 0 and end % width == 0:
+                yield begin - start, end - begin, self.region(name, part, begin, end - begin)
+                continue
+            place = (begin // width * self.size + self.rank) * width + begin % width
+            yield begin - start, end - begin, Region(place, place + end - begin)
+
     def placed(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Pieces of this rank's parts as pieces of the whole parameters; what all hold, the first rank saves."""
         for piece in pieces:
             part = torch.Size(piece.shape)
-            region, shape = self.region(piece.name, part, piece.start, piece.data.numel()), self.whole_shape(piece.name, part)
             owned = piece.owned and (self.rank == 0 or self.is_divided(piece.name))
-            yield replace(piece, shape=shape, start=region.first, owned=owned, columns=region.columns)
+            for offset, count, region in self.runs(piece.name, part, piece.start, piece.data.numel()):
+                yield replace(
+                    piece, shape=self.whole_shape(piece.name, part), start=region.first, owned=owned, columns=region.columns,
+                    data=piece.data[offset : offset + count],
+                )  # fmt: skip
 
     def reader(self, read: Read, parts: Mapping[str, tuple[int, ...]]) -> Read:
         """`read`, for elements of this rank's parts, whose shapes are `parts`, in place of the whole parameters'."""
 
         def own(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
             part = torch.Size(parts[name])
-            return _read_region(
-                read, name, kind, self.region(name, part, start, stop - start), self.whole_shape(name, part)[-1]
-            )
+            width = self.whole_shape(name, part)[-1]
+            runs = [_read_region(read, name, kind, region, width) for *_, region in self.runs(name, part, start, stop - start)]
+            return runs[0] if len(runs) == 1 else torch.cat(runs)
 
         return own
 

@@ -16,6 +16,7 @@ from orchestrator.spec import (
     Parameter,
     RunSpec,
     Strategy,
+    divided_table,
     only,
     parameters,
     quantised,
@@ -49,9 +50,11 @@ def lay_out(spec: RunSpec, table: Sequence[Parameter], rank: int = 0) -> Layout:
     scales = tuple(Row("scales", dtype, Home.GPU, count) for dtype, count in scale_elements(table).items())
     table = stored(table, compute)
     if strategy.engine is Engine.DEEPSPEED:
+        table = divided_table(table, strategy.tp)
         host_computes = spec.cluster.card.name == "cpu"
-        rows = deepspeed.rows(strategy, table, compute, spec.optimizer, spec.batch.accumulation, rank, host_computes)
-        moving = deepspeed.buffers(strategy, table, compute, spec.optimizer, rank)
+        position = rank // strategy.tp
+        rows = deepspeed.rows(strategy, table, compute, spec.optimizer, spec.batch.accumulation, position, host_computes)
+        moving = deepspeed.buffers(strategy, table, compute, spec.optimizer, position)
     elif strategy.engine is Engine.FSDP:
         rows = fsdp.rows(strategy, table, compute, spec.optimizer, rank)
         moving = fsdp.buffers(strategy, table, compute, spec.optimizer)

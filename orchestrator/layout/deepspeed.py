@@ -18,6 +18,8 @@ from orchestrator.units import align_up, ceil_div, dtype_bytes
 NEVER = 2**31 - 1
 FLAT_ALIGNMENT = 2  # nccl_start_alignment_factor, elements per rank (stage_1_and_2.py)
 MASTER = "fp32"
+OWN = "orchestrator"
+"""The section of the JSON for what this project does itself."""
 
 
 def _buckets(strategy: Strategy) -> Buckets:
@@ -40,7 +42,7 @@ def rows(
     rank: int,
     host_computes: bool,
 ) -> tuple[Row, ...]:
-    """Every tensor class at rest on rank `rank`. ZeRO pads its partitions, so ranks are alike but for accumulated gradients.
+    """Every tensor class at rest on rank `rank` of `dp_shard`. ZeRO pads its partitions, so ranks are alike but for gradients.
     `host_computes`: there is no card, so what is offloaded rests where it is used."""
     trainable, frozen, line = _split(table)
     moments = moment_rows(optimizer, _held(strategy, trainable), strategy.optimizer_home, _parts(strategy))
@@ -216,7 +218,19 @@ def _moving(strategy: Strategy, table: Sequence[Parameter], compute: str, rank: 
         joined = part * (4 + (each if each < 4 else 0))  # flattened, then cast
         moving.append(Buffer("gradients", Home.GPU, held * each, backward, "stage_1_and_2.py averaged_gradients"))
         moving.append(Buffer("gradients", Home.GPU, own * each + joined, step, "stage_1_and_2.py flat_grad_partition"))
+    elif strategy.shard is Shard.OPTIMIZER:
+        kept = _kept_beside(trainable, ranks, knobs.reduce)
+        moving.append(Buffer("gradients", Home.GPU, kept * size, backward, "stage_1_and_2.py reduce_ipg_grads"))
     return tuple(moving)
+
+
+def _kept_beside(trainable: Sequence[Parameter], ranks: int, bucket: int) -> int:
+    """Elements of gradients that stay on the card to the end of the backward where the rest goes to the host as it comes: those
+    of other ranks' parts that are too large to be copied into the bucket; all of them where there are no other ranks."""
+    if ranks == 1:
+        return sum(p.numel for p in trainable)
+    large = sum(p.numel for p in trainable if p.numel > bucket)
+    return large - large // ranks
 
 
 def lower(spec: RunSpec) -> dict[str, Any]:
@@ -249,8 +263,11 @@ def lower(spec: RunSpec) -> dict[str, Any]:
         if home is Home.NVME:
             zero[key] |= _swapping(strategy, key)
     aio = {"aio": _requests(strategy.nvme)} if strategy.nvme is not None else {}
+    # DeepSpeed passes over a section that it does not know. Its own "tensor_parallel" would divide the layers once more.
+    groups = {OWN: {"tensor": strategy.tp}} if strategy.tp > 1 else {}
     return {
         **aio,
+        **groups,
         "train_batch_size": spec.batch.global_size,
         "train_micro_batch_size_per_gpu": spec.batch.micro,
         "gradient_accumulation_steps": spec.batch.accumulation,
@@ -328,6 +345,7 @@ def read_back(lowered: Mapping[str, Any]) -> tuple[Strategy, Batch, str, float]:
         engine=Engine.DEEPSPEED,
         shard=ZERO_STAGES[zero["stage"]],
         dp_shard=batch.global_size // (batch.micro * batch.accumulation),
+        tp=lowered.get(OWN, {}).get("tensor", 1),
         optimizer_home=homes["offload_optimizer"],
         parameter_home=homes["offload_param"],
         pin_memory=any(zero[key]["pin_memory"] for key in homes if key in zero),

@@ -65,6 +65,7 @@ def _ring(size: int, ranks: int) -> int:
 def _deepspeed(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
     strategy, c, micro = spec.strategy, dtype_bytes(spec.precision.compute), spec.batch.accumulation
     ranks = strategy.dp_shard
+    table = divided_table(table, strategy.tp)
     trained = sum(p.numel for p in table if p.trainable)
     own = trained // ranks
     reduce = _ring(trained * c, ranks)
@@ -149,13 +150,15 @@ def _fsdp(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:
 def _tensor(spec: RunSpec, table: Sequence[Parameter], shape: ModelShape) -> int:
     """Bytes inside a tensor-parallel group: each block sums its hidden states twice in the forward and their gradients twice in
     the backward, embedding and head once each (arXiv:1909.08053, section 3); recompute repeats the first of a block's two
-    sums, since nothing is kept behind the second. Once a step the partial gradients of what is whole on every rank."""
+    sums, since nothing is kept behind the second. The partial gradients of what is whole on every rank too: under FSDP2 once a
+    step, of its shard, under ZeRO as they are made."""
     strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
     tokens = spec.batch.micro * spec.batch.accumulation * spec.data.seq_len
     backward = 0 if spec.tuning.kind == "head" else 2 + (spec.recompute != "none")  # the head alone has none in the blocks
     sums = shape.num_hidden_layers * (2 + backward) + 2
-    partial = sum(p.numel for p in table if p.trainable and division(p.name) is Division.SUMMED) // strategy.dp_shard
-    return 2 * _ring(sums * tokens * shape.hidden_size * c + partial * FP32, strategy.tp)
+    partial = sum(p.numel for p in table if p.trainable and division(p.name) is Division.SUMMED)
+    added = partial // strategy.dp_shard * FP32 if strategy.engine is Engine.FSDP else partial * c * spec.batch.accumulation
+    return 2 * _ring(sums * tokens * shape.hidden_size * c + added, strategy.tp)
 
 
 def traffic(spec: RunSpec, table: Sequence[Parameter]) -> Traffic:

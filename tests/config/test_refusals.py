@@ -70,10 +70,11 @@ REFUSALS = [
     ("zero=stage3 cluster=4xa10", 2, ["2 processes run, but cluster=4xa10 has 4 cards", "--nproc-per-node=4"]),
     ("zero=stage3 cluster=4xa10", 1, ["1 process runs, but cluster=4xa10 has 4 cards"]),
     (
-        "zero=stage1 tensor=2",
+        "zero=stage3 tensor=2",
         2,
-        ["DeepSpeed divides matrices by its own", "tensor=2 fsdp=full_shard, or zero=stage3 tensor=none"],
+        ["divides whole parameters among all ranks", "zero=stage1 tensor=2, or fsdp=full_shard tensor=2"],
     ),
+    ("zero=stage0 tensor=2", 2, ["divides nothing beside it", "use tensor=2 alone"]),
     ("tensor=2", 3, ["3 ranks cannot form groups of 2", "tensor.size=3, tensor=none, or start a multiple of 2"]),
     ("tensor=2", 1, ["1 rank cannot form groups of 2"]),
     ("tensor=4", 4, ["4 does not divide num_key_value_heads 2", "use tensor=2, tensor=none"]),

@@ -32,6 +32,9 @@ SHAPES: dict[str, s.ModelShape] = {
 WIDE = ("zero1", "zero2_optimizer", "zero3", "full_shard", "full_shard_cpu")
 """The strategies that differ in what they do with a tensor that is trained or frozen."""
 
+BESIDE = "zero2_optimizer_tensor2"
+"""Left to four ranks, where its optimizer is divided as well."""
+
 DORA = ("zero0", *WIDE)
 """DoRA looks at a frozen weight from outside the layer that holds it: sharding must have it whole there."""
 
@@ -147,7 +150,8 @@ def all_cases(ranks: int) -> list[Case]:
     if ranks == 2:
         half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
         corners = (("fp32", 1), ("bf16", 4))
-        whole = [Case(name, tuning, *corner) for name, tuning, corner in itertools.product(names, ("full", "lora"), corners)]
+        crossed = [name for name in names if name != BESIDE]
+        whole = [Case(name, tuning, *corner) for name, tuning, corner in itertools.product(crossed, ("full", "lora"), corners)]
         packed = [Case(name, "nf4x2", "fp32", 1) for name, strategy in names.items() if strategy.tp == 1]
         packed += [
             Case(name, *rest)
@@ -161,10 +165,13 @@ def all_cases(ranks: int) -> list[Case]:
         packed.append(Case("full_shard", "untied", "fp32", 1))
         families = [Case("tensor2", tuning, "fp32", 1, family=name) for name, tuning in FAMILIES]
         families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
-        halves = [Case(name, tuning, "fp16", 1) for name, tuning in half]
+        families += [
+            Case("zero1_tensor2", *rest, "fp32", 1, family=name) for name, *rest in FAMILIES if name in ("qwen3", "biased")
+        ]
+        halves = [Case(name, tuning, "fp16", 1) for name, tuning in half] + [Case("zero1_tensor2", "full", "fp16", 1)]
         return whole + families + packed + halves + optimizer_cases(ranks) + RECOMPUTED
     plain = [Case(name, "full", "fp32", 1) for name in names]
-    plain += [Case(name, "lora", "fp32", 1) for name in ("zero2", "zero3_cpu", "hybrid_shard", "full_shard_tensor2")]
+    plain += [Case(name, "lora", "fp32", 1) for name in ("zero2", "zero3_cpu", "hybrid_shard", "full_shard_tensor2", BESIDE)]
     tied = ("zero1", "zero3", "zero3_cpu", "full_shard", "hybrid_shard", "full_shard_tensor2", "tensor4")
     return [
         *plain,

@@ -92,7 +92,8 @@ def test_deepspeeds_own_config_model_takes_it(name: str) -> None:
         "assert made.gradient_accumulation_steps == config['gradient_accumulation_steps']\n"
     )
     spec = spec_of(name, ranks=2)
-    spec = replace(spec, batch=replace(spec.batch, micro=spec.batch.micro * 2), strategy=replace(spec.strategy, dp_shard=1))
+    batch = replace(spec.batch, micro=spec.batch.global_size // spec.batch.accumulation)
+    spec = replace(spec, batch=batch, strategy=replace(spec.strategy, dp_shard=1))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], input=json.dumps(lower(spec)), text=True, capture_output=True,
