@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orchestrator.config.optimizer import suits
 from orchestrator.planner.candidates import RECOMPUTE, candidates
-from orchestrator.planner.plan import Fix, Plan
+from orchestrator.planner.plan import FITS, LAYOUT, MARGIN, Fix, Plan
 from orchestrator.planner.predict import by_layout, table_for
 from orchestrator.spec import LINEARS, Batch, Home, Parameter, RunSpec, Tuning
 
@@ -84,12 +84,33 @@ def _can_be(spec: RunSpec) -> bool:
     return not spec.tuning.form or (spec.strategy.tp == 1 and spec.strategy.nvme is None and spec.compile == "none")
 
 
-def _tried(spec: RunSpec, plan: Plan, changes: Iterator[tuple[str, RunSpec]], table: Sequence[Parameter]) -> list[Fix]:
-    """The changes that fit with the margin of their basis, in the order given."""
-    found = []
+@dataclass(frozen=True, slots=True)
+class _Misfit:
+    """A run that does not fit: its plan by the Layout, as its changes are planned, and the bytes on the card by which a
+    rehearsal found more than that; changes are taken to be wrong by as much."""
+
+    spec: RunSpec
+    table: Sequence[Parameter]
+    plan: Plan
+    more: int
+
+    @classmethod
+    def of(cls, spec: RunSpec, plan: Plan) -> _Misfit:
+        table = table_for(spec)
+        same = plan if plan.basis == LAYOUT else by_layout(spec, table)
+        return cls(spec, table, same, max(0, plan.memory.used - same.memory.used))
+
+    def mended_by(self, new: Plan) -> bool:
+        """Whether `new` fits with the margin of its basis."""
+        return new.verdict == FITS and new.memory.used + self.more <= (1 - MARGIN[new.basis]) * new.memory.limit
+
+
+def _tried(run: _Misfit, changes: Iterator[tuple[str, RunSpec]]) -> list[Fix]:
+    """The changes that mend `run`, in the order given."""
+    found, plan = [], run.plan
     for words, other in changes:
-        new = by_layout(other, table if other.tuning == spec.tuning else None)
-        if new.verdict != "fits":
+        new = by_layout(other, run.table if other.tuning == run.spec.tuning else None)
+        if not run.mended_by(new):
             continue
         slowdown = new.seconds / plan.seconds if new.seconds and plan.seconds else None
         host = new.host.need if new.offloads else 0
@@ -117,12 +138,12 @@ def _one_of_each(fixes: Sequence[Fix]) -> list[Fix]:
 
 def fixes(spec: RunSpec, plan: Plan) -> tuple[Fix, ...]:
     """The cheapest changes that make `spec` fit, those that keep its result first; empty where nothing known helps."""
-    table = table_for(spec)
-    largest_batch = _tried(spec, plan, smaller_batches(spec), table)[:1]
-    kept = _one_of_each(_cheapest(_tried(spec, plan, other_strategies(spec), table) + largest_batch))
-    kept = kept or _one_of_each(_cheapest(_tried(spec, plan, both(spec), table)))
+    run = _Misfit.of(spec, plan)
+    largest_batch = _tried(run, smaller_batches(spec))[:1]
+    kept = _one_of_each(_cheapest(_tried(run, other_strategies(spec)) + largest_batch))
+    kept = kept or _one_of_each(_cheapest(_tried(run, both(spec))))
     if len(kept) < MOST:
-        kept += _one_of_each(_cheapest(_tried(spec, plan, fewer_bits(spec), table)))
-        kept += _tried(spec, plan, shorter_samples(spec), table)[:1]
-        kept += _one_of_each(_cheapest(_tried(spec, plan, adapters(spec), table)))
+        kept += _one_of_each(_cheapest(_tried(run, fewer_bits(spec))))
+        kept += _tried(run, shorter_samples(spec))[:1]
+        kept += _one_of_each(_cheapest(_tried(run, adapters(spec))))
     return tuple(kept[:MOST])

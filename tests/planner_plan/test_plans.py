@@ -220,6 +220,30 @@ def test_copies_of_a_divided_model_are_counted_as_they_are_reduced(accumulated):
     assert by_layout(spec).memory.allocated == pytest.approx(by_rehearsal(spec).memory.allocated, rel=0.02)
 
 
+def test_gradients_wait_on_the_card_where_zero_1_sends_them_to_the_host():
+    """Those that are too large for the bucket, of other ranks' parts; and the norm of the largest in double precision."""
+    large = ["model=tiny", "model.vocab_size=8192", "model.hidden_size=256", "model.intermediate_size=688", "data.seq_len=32"]
+    words = [*large, "precision=bf16", "cluster=2xa10", "zero=stage1", "offload=optimizer", "zero.reduce_bucket=100000"]
+    spec = compose([*words, "batch.micro=1", "batch.global_size=2"])
+    assert by_layout(spec).memory.allocated == pytest.approx(by_rehearsal(spec).memory.allocated, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["tensor=2", "zero=stage1 offload=optimizer", "compile=block zero=stage1 tuning=lora batch.micro=8 data.seq_len=4096"],
+)
+def test_every_fix_is_what_one_would_type(own):
+    words = ["model=llama3_8b", "cluster=4xa10", "batch.global_size=64", *own.split()]
+    made = plan(*words)
+    assert made.fixes
+    for fix in made.fixes:
+        named = {word.partition("=")[0] for word in fix.words.split()}
+        replaced = named | ({"zero", "fsdp", "tensor"} if named & {"zero", "fsdp", "tensor"} else set())
+        kept = [word for word in words if word.partition("=")[0] not in replaced]
+        other = plan(*kept, *fix.words.split())
+        assert (other.verdict, made.memory.used - other.memory.used) == ("fits", fix.saves)
+
+
 def test_an_unknown_family_is_planned_from_its_config_alone(tmp_path):
     config = {
         "model_type": "phi", "architectures": ["PhiForCausalLM"], "vocab_size": 512, "hidden_size": 64,
