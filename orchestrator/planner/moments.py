@@ -91,12 +91,20 @@ def _gradients(spec: RunSpec, table: Sequence[Parameter], backward: Mapping[str,
         # (_fsdp_collectives.py foreach_reduce, unsharded_grad).
         own = min(held, ceil_div(root, spec.strategy.dp_shard) * FP32)
         last = next((p.numel for p in reversed(trainable) if p.block == ROOT), 0) if spec.strategy.dp_shard > 1 else 0
-        scatter = {"reduce_scatter": backward.get("reduce_scatter", 0) + max(0, own + (last - root) * c)}
+        # Offloaded it is on the card until it has been sent, beside what the loss has made (the head's), and all in fp32.
+        away = ceil_div(root, spec.strategy.dp_shard) * FP32 if spec.strategy.parameter_home is not Home.GPU else 0
+        more = max(0, own + (last - root) * c, away - (root - head) * c)
+        scatter = {"reduce_scatter": backward.get("reduce_scatter", 0) + more}
         # Beside earlier gradients, what each block's all-reduce has summed is kept to the end (_all_reduce_state).
         kept = held - own if begin and spec.strategy.dp_replicate > 1 else 0
         return _Gradients(begin, begin + head * c, held - (0 if begin else own) + root * c + kept, scatter)
     if spec.strategy.engine is Engine.DEEPSPEED and spec.strategy.shard is Shard.NONE:
         return _Gradients(begin, begin + head * c, held, {"bucket": _sent_at_once(trainable) * c})
+    if spec.strategy.shard is Shard.OPTIMIZER and spec.strategy.optimizer_home is not Home.GPU:
+        # All stay until the last backward of a step, which sends those of this rank's part to the host as they come.
+        waiting = sum(p.numel for p in trainable) * c if spec.batch.accumulation > 1 else 0
+        largest_one = max((p.numel for p in trainable), default=0) * c if spec.strategy.dp_shard == 1 else 0
+        return _Gradients(waiting, waiting or min(held, head * c), held - largest_one, {})  # that is in _whole_gradient
     if spec.strategy.shard in (Shard.GRADIENTS, Shard.PARAMETERS) or spec.batch.accumulation > 1:
         return _Gradients(begin, begin + head * c, held, {})
     return _Gradients(0, min(held, head * (FP32 if spec.strategy.engine is Engine.PLAIN else c)), held, {})
@@ -133,7 +141,9 @@ def _norm_lines(spec: RunSpec, layout: Layout, table: Sequence[Parameter]) -> di
     """The gradients, and under ZeRO-1 and 2 the largest of the partition's once more: each is cast to double precision for its
     norm, when those of other ranks are gone (stage_1_and_2.py get_grad_norm_direct, get_norm_dtype)."""
     strategy = spec.strategy
-    if strategy.shard not in (Shard.OPTIMIZER, Shard.GRADIENTS) or strategy.optimizer_home is not Home.GPU:
+    if strategy.optimizer_home is not Home.GPU:
+        return {}
+    if strategy.shard not in (Shard.OPTIMIZER, Shard.GRADIENTS):
         return {"gradients": _moving(layout, "backward", Home.GPU).get("gradients", 0)}
     part = sum(row.elements for row in layout.rows if row.line == "master")
     c = dtype_bytes(strategy.gradients or spec.precision.compute)
@@ -166,10 +176,23 @@ def _load_lines(spec: RunSpec, layout: Layout, table: Sequence[Parameter]) -> di
 
 def _whole_gradient(spec: RunSpec, table: Sequence[Parameter]) -> int:
     """Bytes of the largest gradient under ZeRO-2: the one that has just been made is whole, beside the partition that it is
-    reduced into, and is sent as a copy (stage_1_and_2.py, allreduce_bucket)."""
-    if spec.strategy.shard is not Shard.GRADIENTS:
+    reduced into. Where the optimizer is offloaded, under ZeRO-1 too, and its norm is taken in double precision before it goes
+    (stage_1_and_2.py set_norm_for_param_grad_in_gpu)."""
+    strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
+    largest = max((p.numel for p in table if p.trainable), default=0)
+    if strategy.shard in (Shard.OPTIMIZER, Shard.GRADIENTS) and strategy.optimizer_home is not Home.GPU:
+        return largest * (c + 2 * FP32)
+    return largest * c if strategy.shard is Shard.GRADIENTS else 0
+
+
+def _sent_copy(spec: RunSpec, table: Sequence[Parameter]) -> int:
+    """Bytes of the copy as which ZeRO-2 sends a head's gradient that is too large for its bucket (stage_1_and_2.py,
+    allreduce_bucket)."""
+    buckets = spec.strategy.buckets
+    largest = max((p.numel for p in table if p.trainable), default=0)
+    if spec.strategy.shard is not Shard.GRADIENTS or not head_trained(table) or buckets is None or largest <= buckets.reduce:
         return 0
-    return max((p.numel for p in table if p.trainable), default=0) * dtype_bytes(spec.precision.compute)
+    return largest * dtype_bytes(spec.precision.compute)
 
 
 def _fetched_head(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
@@ -228,16 +251,17 @@ def _quantising(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
 def _save_lines(spec: RunSpec, table: Sequence[Parameter]) -> dict[str, int]:
     """One whole tensor at a time is gathered for the export (engine.full_tensors); FSDP2's is fp32, and is cast."""
     strategy, c = spec.strategy, dtype_bytes(spec.precision.compute)
-    if strategy.shard is not Shard.PARAMETERS or strategy.ranks == 1:
-        return {}
     parts = divided_table(table, strategy.tp)
+    joined = max((_joined(p, part) for p, part in zip(table, parts, strict=True) if p.trainable), default=0) * c
+    if strategy.shard is not Shard.PARAMETERS or (strategy.ranks == 1 and strategy.engine is Engine.DEEPSPEED):
+        return {"gathered": joined}
     largest_one = max((p.numel for p in parts if p.trainable), default=0)
     if strategy.engine is Engine.DEEPSPEED:
         part = ceil_div(largest_one, strategy.dp_shard) if strategy.parameter_home is not Home.GPU else 0
         return {"gathered": (largest_one + part) * c}
     own = largest_one // strategy.dp_shard * FP32 if strategy.parameter_home is not Home.GPU else 0
-    joined = max((_joined(p, part) for p, part in zip(table, parts, strict=True) if p.trainable), default=0) * c
-    return {"gathered": max(largest_one * (FP32 + (c if c < FP32 else 0)) + own, joined)}
+    whole = largest_one * FP32 if strategy.ranks > 1 else 0  # of one rank its own is the whole
+    return {"gathered": max(whole + (largest_one * c if c < FP32 else 0) + own, joined)}
 
 
 def _joined(parameter: Parameter, part: Parameter) -> int:
@@ -286,9 +310,9 @@ def card_moments(
     at_start = {"gradients": gradients.at_head, "activations": held.blocks}
     flowing = {line: count for line, count in peaks.between.items() if line != "gradients"}  # the head's is in `at_start`
     at_end = {"gradients": gradients.at_end}
-    whole, arriving = _whole_gradient(spec, table), _fetched_head(spec, table)
-    reduce = spec.strategy.buckets.reduce if spec.strategy.buckets else 0
-    sent = {"gradients": whole if head_trained(table) and whole > reduce * dtype_bytes(spec.precision.compute) else 0}
+    whole, arriving, sent = _whole_gradient(spec, parts), _fetched_head(spec, parts), _sent_copy(spec, parts)
+    # Offloaded, ZeRO's staging buffers are made when the flat copy of the weights has taken their place.
+    taken = {line: count for line, count in _resting(layout, "load", Home.GPU).items() if line != "staging"}
     copies = 2 if spec.strategy.dp_shard > 1 else 1  # a group of one gathers straight into its parameters
     fetched = {"gathered": copies * (root + blocks)} if fsdp else {}  # the first block is fetched ahead, and copied out too
     again = {"gathered": copies * root} if freed else {}
@@ -296,9 +320,7 @@ def card_moments(
     at_first = lasting | {"gathered": root + copies * blocks} if fsdp else lasting
     ending = {} if fsdp else lasting
     return (
-        Moment(
-            "load", "taking the model over", _sum(_resting(layout, "load", Home.GPU), _load_lines(spec, layout, table), loading)
-        ),
+        Moment("load", "taking the model over", _sum(taken, _load_lines(spec, layout, parts), loading)),
         now("forward", "gathering the root", fetched, {"gradients": gradients.at_loss}),
         *([now("forward", "the rows of the last block", forward, in_forward)] if rows else []),
         *([now("forward", "fetching the head", forward, at_loss, arriving)] if arriving else []),
@@ -307,23 +329,37 @@ def card_moments(
         now("backward", "the gradient of the loss", waiting, at_loss, peaks.backward),
         now("backward", "gathering the root again", again, at_loss, peaks.between),
         now("backward", "the gradient of the head", lasting, at_start, {"activations": held.head}, flowing),
-        *([now("backward", "the head's gradient on its way", lasting, at_start, sent)] if any(sent.values()) else []),
+        *([now("backward", "the head's gradient on its way", lasting, at_start, {"gradients": sent})] if sent else []),
         now("backward", "the last block", lasting, at_start, last),
         now("backward", "the first block", at_first, at_end, inside),
         now("backward", "the gradient of the embedding", ending, at_end, {"gradients": whole}),
         now("backward", "the reduction of the last gradients", ending, at_end, gradients.shared),
-        now("step", "the norm of the gradients", _norm_lines(spec, layout, table)),
+        now("step", "the norm of the gradients", _norm_lines(spec, layout, parts)),
         now("step", "the update", _moving(layout, "step", Home.GPU), _step_lines(spec, layout)),
         now("save", "the export", _save_lines(spec, table)),
     )
 
 
-def host_lines(spec: RunSpec, layout: Layout, home: Home, shape: ModelShape) -> dict[str, int]:
+def _coming(spec: RunSpec, table: Sequence[Parameter]) -> int:
+    """Bytes of the gradients of FSDP2's largest group on their way to those of earlier micro-batches in host memory
+    (_fsdp_collectives.py foreach_reduce)."""
+    if spec.strategy.engine is not Engine.FSDP or spec.strategy.parameter_home is Home.GPU or spec.batch.accumulation == 1:
+        return 0
+    groups: dict[int, int] = {}
+    for parameter in divided_table(table, spec.strategy.tp):
+        groups[parameter.block] = groups.get(parameter.block, 0) + (parameter.numel if parameter.trainable else 0)
+    return ceil_div(max(groups.values(), default=0), spec.strategy.dp_shard) * FP32
+
+
+def host_lines(spec: RunSpec, table: Sequence[Parameter], layout: Layout, home: Home, shape: ModelShape) -> dict[str, int]:
     """Bytes by line that the rank of `layout` keeps in host memory or on NVMe, at the fullest phase, the activations that wait
     there too."""
     rest = _resting(layout, "step", home)
-    moving = [_moving(layout, phase, home) for phase in ("load", "forward", "backward", "step", "save")]
-    waiting = activations(spec, shape).host if home is Home.CPU else 0
+    if home is not Home.CPU:
+        return rest
+    moving = [_moving(layout, phase, home) for phase in ("load", "forward", "step", "save")]
+    moving.append(_sum(_moving(layout, "backward", home), {"gradients": _coming(spec, table)}))
+    waiting = activations(spec, shape).host
     return _sum(rest, max(moving, key=lambda lines: sum(lines.values())), {"activations": waiting})
 
 

@@ -9,6 +9,7 @@ from orchestrator.errors import Fault, ModelError
 from orchestrator.layout import lay_out, parameter_table, saved_bytes
 from orchestrator.ledger import Entry, Ledger
 from orchestrator.planner import device
+from orchestrator.planner.activations import FP32
 from orchestrator.planner.allocator import replay
 from orchestrator.planner.candidates import typed
 from orchestrator.planner.losses import LossCode
@@ -19,8 +20,8 @@ from orchestrator.planner.programme import FULL, Programme
 from orchestrator.planner.rehearsal import Rehearsal, rehearse
 from orchestrator.planner.roofline import COMPUTE, StepTime, step_time
 from orchestrator.planner.trace import Trace
-from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard, divided_table
-from orchestrator.units import MIB, align_up, format_bytes
+from orchestrator.spec import Engine, Home, ModelShape, Parameter, RunSpec, Shard, divided_table, stored
+from orchestrator.units import MIB, align_up, dtype_bytes, format_bytes
 
 LARGE_BLOCK = 2 * MIB
 """Requests above 1 MiB come in multiples of this from the driver (c10/core/AllocatorConfig.h)."""
@@ -68,8 +69,9 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
         return (1 << (size - 1).bit_length()) - size if size > 0 else 0
 
     if spec.strategy.engine is Engine.FSDP:
-        ranks, c = spec.strategy.dp_shard, 4
-        return sum(waste(p.numel // ranks * (c if p.trainable else 2)) for p in divided_table(table, spec.strategy.tp))
+        ranks, c = spec.strategy.dp_shard, dtype_bytes(spec.precision.compute)
+        parts = divided_table(stored(table, spec.precision.compute), spec.strategy.tp)
+        return sum(waste(p.numel // ranks * (FP32 if p.trainable else c)) for p in parts)
     largest_flat = spec.strategy.buckets.sub_group * 4 if spec.strategy.buckets else 0
     wasted = 0
     for line, size in lines.items():
@@ -80,14 +82,16 @@ def _pinned(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int])
     return wasted
 
 
-def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int]) -> Room:
-    """Host memory of one rank: its process, what rests there, and the rounding of what is page-locked."""
+def _host(spec: RunSpec, table: Sequence[Parameter], lines: Mapping[str, int], passing: int) -> Room:
+    """Host memory of one rank: its process, what rests there, what is saved at once where that is more than what is `passing`
+    at other times, and the rounding of what is page-locked."""
     sharded = spec.strategy.dp_shard if spec.strategy.shard is not Shard.NONE else 1
     parts = divided_table(table, spec.strategy.tp)
     saved = saved_bytes(spec.optimizer, [p for p in parts if p.trainable]) // sharded  # gathered to be written
     if not spec.checkpoint.background:
         saved = min(device.SAVED_AT_ONCE, saved)
-    need = device.process_bytes(spec.cluster, spec.strategy.engine) + sum(lines.values()) + _pinned(spec, table, lines) + saved
+    held = sum(lines.values()) + max(0, saved - passing)
+    need = device.process_bytes(spec.cluster, spec.strategy.engine) + held + _pinned(spec, table, lines)
     return Room(need, device.host_share(spec.cluster))
 
 
@@ -172,8 +176,9 @@ def by_layout(spec: RunSpec, table: Sequence[Parameter] | None = None, rank: int
     layout, shape = lay_out(spec, table, rank), shape_for(spec)
     moments = card_moments(spec, table, shape, layout, loss)
     fullest = largest(moments)
-    elsewhere = {home: host_lines(spec, layout, home, shape) for home in (Home.CPU, Home.NVME)}
-    host, nvme = _host(spec, table, elsewhere[Home.CPU]), _disk(spec, sum(elsewhere[Home.NVME].values()))
+    elsewhere = {home: host_lines(spec, table, layout, home, shape) for home in (Home.CPU, Home.NVME)}
+    passing = sum(elsewhere[Home.CPU].values()) - layout.rest_bytes(Home.CPU)
+    host, nvme = _host(spec, table, elsewhere[Home.CPU], passing), _disk(spec, sum(elsewhere[Home.NVME].values()))
     memory = _card(spec, fullest.bytes, align_up(fullest.bytes, LARGE_BLOCK))
     if spec.cluster.card.name == device.CPU:  # one memory holds both
         inside = sum(elsewhere[Home.CPU].values())
