@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -15,11 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LISTENED_ON = range(15000, 30000)
+"""Ports below those that the kernel gives to outgoing connections and to whoever binds 0 (net.ipv4.ip_local_port_range): gloo
+takes several of those a rank, and one of them could be gone before its rank listens."""
+
+
 def free_port() -> int:
     """A TCP port that nothing listened on a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", random.SystemRandom().choice(LISTENED_ON)))
+            return int(listener.getsockname()[1])
 
 
 def run_ranks(script: Path, arguments: Sequence[str], ranks: int, timeout: float) -> list[tuple[int, str]]:
