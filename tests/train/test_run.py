@@ -85,9 +85,12 @@ def test_dropout_continues_where_it_stopped(small, execute, tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do_and_its_export_is_kept(small, execute, screen):
-    before = execute(small("run.steps=1")).folder.ledger.read_text()
+    folder = execute(small("run.steps=1")).folder
+    before = folder.ledger.read_text()
+    (folder.checkpoints / ".removed-step-000000").mkdir()  # as a kill in the last save leaves it, which no other one follows
     outcome = execute(small("run.steps=1", "resume=auto"))
     assert outcome.folder.ledger.read_text() == before
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000001"]
     assert "nothing is left to do: raise run.steps above 1" in screen.text
     assert len(lines(outcome)) == 1 and (outcome.folder.path / "export.old").is_dir()
 
