@@ -59,6 +59,8 @@ WORDS = {
     "full_shard": ("fsdp=full_shard",),
     "hybrid_shard": ("fsdp=hybrid_shard",),
     "tensor2": ("tensor=2",),
+    "zero1_tensor2": ("zero=stage1", "tensor=2"),
+    "zero2_tensor2": ("zero=stage2", "tensor=2"),
 }
 TUNINGS = {"full": ("tuning=full",), "lora": ("tuning=lora", "tuning.rank=3")}
 MODEL = (
@@ -88,7 +90,8 @@ def states(counts: Sequence[int], only: Sequence[str]) -> list[State]:
     """Every state that exists on `counts` ranks: one process is not divided, and several are not plain."""
     found = []
     for ranks, word in itertools.product(counts, WORDS):
-        exists = ranks > 1 if word in ("hybrid_shard", "tensor2") else word != "plain" or ranks == 1
+        grouped = word == "hybrid_shard" or word.endswith("tensor2")
+        exists = ranks > 1 if grouped else word != "plain" or ranks == 1
         if exists and (not only or {word, State(word, ranks).name} & set(only)):
             found.append(State(word, ranks))
     return found
