@@ -24,7 +24,7 @@ def task(overrides):
     return 7 if spec.seed == 7 else 0
 
 code = run_app(task)
-heavy = sorted({"torch", "transformers", "numpy", "deepspeed", "huggingface_hub"} & set(sys.modules))
+heavy = sorted({"torch", "transformers", "numpy", "deepspeed", "huggingface_hub", "datasets", "pyarrow"} & set(sys.modules))
 assert not heavy, heavy
 sys.exit(code)
 """
@@ -66,18 +66,6 @@ def test_help_fits_the_terminal(width):
     examples = lines.index("EXAMPLES")
     assert max(map(len, lines[:examples])) <= width
     assert {"  zero=", "  model=", "  cluster=", "  logger="} <= set(lines)
-
-
-def test_help_and_cfg_are_quick(run):
-    def seconds(*arguments: str) -> float:
-        before = os.times()
-        assert run(*arguments).returncode == 0
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    # Processor time, so that a busy machine does not count; nothing here waits for anything else.
-    assert min(seconds("--help") for _ in range(3)) < 0.5
-    assert min(seconds("--cfg", "job") for _ in range(3)) < 0.5
 
 
 def test_hydra_s_own_flags_work(run):
