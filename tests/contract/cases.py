@@ -38,6 +38,9 @@ BESIDE = "zero2_optimizer_tensor2"
 DORA = ("zero0", *WIDE)
 """DoRA looks at a frozen weight from outside the layer that holds it: sharding must have it whole there."""
 
+PLAIN = s.Strategy(s.Engine.PLAIN, s.Shard.NONE)
+"""One process, nothing divided: the reference, and the strategy of the cases called "plain"."""
+
 GLOBAL_SIZE, STEPS, SEED = 8, 4, 7
 CHUNK = 11
 """Labelled tokens that go through the head at once: a micro-batch is several chunks, and in the short step none or one. The
@@ -146,6 +149,7 @@ def all_cases(ranks: int) -> list[Case]:
             alone
             + [Case(name, "nf4x2", "fp32", 1) for name in ("zero2", "zero3", "full_shard")]
             + [Case("full_shard", "int8", "bf16", 1)]
+            + ALONE
         )
     if ranks == 2:
         half = itertools.product(("zero1", "zero2_optimizer", "zero3", "full_shard"), ("full", "lora"))
@@ -203,6 +207,15 @@ RECOMPUTED = [
 """Recompute must not change anything, whatever the engine does around a block: each kind under each engine once. The
 references keep all activations and use sdpa."""
 
+ALONE = [
+    Case("plain", "full", "fp32", 1, recompute="offload"),
+    Case("plain", "lora", "fp32", 1, recompute="offload"),
+    Case("plain", "lora", "bf16", 4, recompute="offload"),
+    Case("plain", "lora", "fp32", 1, recompute="selective"),
+    Case("plain", "full", "fp32", 4, recompute="every_n"),
+]
+"""The same of the plain engine, which is its own reference without them."""
+
 
 def rest_of_the_product(ranks: int) -> list[Case]:
     """What `all_cases` leaves out of strategies × {full, lora} × {fp32, bf16} × {one forward, four}; on four ranks its LoRA."""
@@ -223,14 +236,16 @@ SWEEPS = {"every optimizer": every_optimizer_case, "rest": rest_of_the_product, 
 """Cases that are too dear for every change, by the name of their sweep."""
 
 
-def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.RunSpec:
-    """The spec of a case; `strategy` plain gives its reference, which takes the whole global batch in one forward."""
-    strategy = strategy or replace(strategies(ranks)[case.strategy], gradients=case.gradients)
-    shape = case.shape(strategies(ranks)[case.strategy])
+def run_spec(case: Case, ranks: int, given: s.Strategy | None = None, *, reference: bool = False) -> s.RunSpec:
+    """The spec of a case, under the strategy `given` if there is one; or that of its reference: plain, the whole global batch
+    in one forward, every activation and the whole logits kept."""
+    own = given or (PLAIN if case.strategy == "plain" else strategies(ranks)[case.strategy])
+    own = replace(own, gradients=case.gradients)
+    shape = case.shape(own)
+    strategy = PLAIN if reference else own
     micro = GLOBAL_SIZE // (strategy.dp * case.accumulation)
     batch = s.Batch(GLOBAL_SIZE, micro, case.accumulation)
-    plain = strategy.engine is s.Engine.PLAIN
-    if plain:
+    if reference:
         batch = s.Batch(GLOBAL_SIZE, GLOBAL_SIZE, 1)
     tuning = TUNINGS[case.tuning]
     if case.family and tuning.kind == "lora":
@@ -241,11 +256,12 @@ def run_spec(case: Case, ranks: int, strategy: s.Strategy | None = None) -> s.Ru
         model=s.Model("small", None, False, shape),
         tuning=tuning, strategy=strategy, batch=batch,
         data=s.Data(None, 32), optimizer=s.Optimizer(case.optimizer, lr=2e-3, weight_decay=0.01, clip=0.5),
-        schedule=s.Schedule("constant", 0), recompute="none" if plain else case.recompute, precision=s.Precision(case.compute),
+        schedule=s.Schedule("constant", 0), recompute="none" if reference else case.recompute,
+        precision=s.Precision(case.compute),
         cluster=s.Cluster("local", 1, ranks, card), checkpoint=s.Checkpoint(0, 1), resume="none", eval=s.Evaluation(0),
         export=s.Export("none", False), logging=s.Logging(1, "none"), plan=s.Planning("ignore"),
-        loss=s.Loss("plain") if plain else s.Loss(case.loss or "chunked", CHUNK),
-        attention="sdpa" if plain else case.attention, compile="none" if plain else case.compile,
+        loss=s.Loss("plain") if reference else s.Loss(case.loss or "chunked", CHUNK),
+        attention="sdpa" if reference else case.attention, compile="none" if reference else case.compile,
     )  # fmt: skip
 
 

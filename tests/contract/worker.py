@@ -70,7 +70,7 @@ def advance(engine: engines.Engine, spec: s.RunSpec, steps: range, rank: int, ra
 
 
 def reference(case: Case, ranks: int) -> dict[str, Any]:
-    spec = run_spec(case, ranks, s.Strategy(s.Engine.PLAIN, s.Shard.NONE))
+    spec = run_spec(case, ranks, reference=True)
     engine, _ = prepare(spec)
     steps = advance(engine, spec, range(STEPS), 0, 1, reduce=False)
     return {"steps": steps, "weights": dict(engine.full_tensors())}
@@ -107,7 +107,8 @@ def move(case: Case, saved: tuple[Any, dict[str, float]], rank: int, ranks: int)
     shape = run_spec(case, ranks).model.shape
     able = [name for name in known if known[name].tp == 1 or known[name].tp in s.sizes_that_divide(shape)]
     able = [name for name in able if works(case.optimizer, name)]
-    other = replace(case, strategy=able[(able.index(case.strategy) + 1) % len(able)])
+    following = able.index(case.strategy) + 1 if case.strategy in able else 0
+    other = replace(case, strategy=able[following % len(able)])
     spec = run_spec(other, ranks)
     spec = replace(spec, model=replace(spec.model, shape=shape))
     engine, _ = prepare(spec)

@@ -17,12 +17,11 @@ from orchestrator.engine.optimizers import load, make_optimizer, pieces, scalars
 from orchestrator.engine.states import Fragment
 from orchestrator.layout.moments import BLOCK, STATES, Held, moment_rows, saved_bytes
 
-PLAIN = s.Strategy(s.Engine.PLAIN, s.Shard.NONE)
 STEPS = 3
 
 
 def spec_for(name: str, **settings: float) -> s.RunSpec:
-    spec = run_spec(Case("zero1", "full", "fp32", 1), 1, PLAIN)
+    spec = run_spec(Case("plain", "full", "fp32", 1), 1)
     return replace(spec, optimizer=s.Optimizer(name, 1e-2, weight_decay=0.1, **settings))
 
 

@@ -51,6 +51,34 @@ def test_the_adapter_of_a_quantised_base_opens_on_one_and_merges(small, execute,
     assert reopen.form_of(stated) == form
 
 
+@pytest.mark.parametrize("form", [NF4_DOUBLE, INT8])
+def test_a_merge_in_bf16_rounds_the_unpacked_sum_once(small, execute, form):
+    """Each merged weight is its unpacked value plus the adapters' product, made in fp32 and rounded once. The logits of the
+    adapted and of the merged model are two computations in bf16, each off by the rounding of its activations, and the second by
+    that of its weights too, which has the same 8 bits: √3 × the first alone, if all three are alike. 2.5 × is allowed and 1.5 ×
+    was measured: 0.9 % of the logits, which the adapters have moved by 95 %."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    outcome = execute(small("tuning=qlora", *FORMS[form], "precision=bf16", "export.merge=true", "optimizer.lr=0.02"))
+    base = AutoModelForCausalLM.from_pretrained(outcome.export / "base")
+    quantise_loaded(base, in_block, form)
+    bare = logits(base).float()
+    adapted = PeftModel.from_pretrained(base, outcome.export)
+    merged = AutoModelForCausalLM.from_pretrained(outcome.export / "merged")
+    held = dict(merged.named_parameters())
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+    layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "lora_A")}
+    assert len(layers) == 7 * merged.config.num_hidden_layers
+    for name, layer in layers.items():
+        unpacked = layer.base_layer.dequantised(layer.base_layer.weight, torch.bfloat16).float()
+        whole = unpacked + layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+        assert torch.equal(held[f"{name.removeprefix('base_model.model.')}.weight"], whole.bfloat16())
+    expected, found = logits(adapted).float(), logits(merged).float()
+    rounding = (logits(merged.float()) - found).norm()
+    assert 0 < (found - expected).norm() < 2.5 * rounding < 0.1 * (expected - bare).norm()
+
+
 def test_it_opens_on_a_base_that_bitsandbytes_itself_has_quantised(small, execute):
     """On a model whose rows are multiples of 64, where bitsandbytes' kernel for the CPU is right."""
     from peft import PeftModel
