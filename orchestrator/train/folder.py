@@ -14,6 +14,8 @@ from orchestrator.spec import RunSpec, to_json
 from orchestrator.train.commit import DOCUMENT, is_named, named_steps
 
 ROOT = Path("runs")
+FRESH = ".new"
+"""Ends the name of a file that is not whole yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class RunFolder:
     def saved(self) -> tuple[Path, ...]:
         """The checkpoints, newest first. Whether they are sound is seen when one is chosen."""
         return tuple(reversed(named_steps(self.checkpoints)))
+
+    def tidy(self) -> None:
+        """Take away the files that a process died in the middle of writing (`write_text`)."""
+        for unfinished in self.path.glob(f".*{FRESH}"):
+            unfinished.unlink(missing_ok=True)
 
     def newest_checkpoint(self) -> Path | None:
         return next(iter(self.saved()), None)
@@ -186,7 +193,7 @@ def choose(spec: RunSpec, root: Path = ROOT, taken: Collection[Path] = ()) -> Ch
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
-    fresh = path.with_name(f".{path.name}.new")
+    fresh = path.with_name(f".{path.name}{FRESH}")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 

@@ -88,9 +88,11 @@ def test_a_finished_run_has_nothing_left_to_do_and_its_export_is_kept(small, exe
     folder = execute(small("run.steps=1")).folder
     before = folder.ledger.read_text()
     (folder.checkpoints / ".removed-step-000000").mkdir()  # as a kill in the last save leaves it, which no other one follows
+    (folder.path / ".ledger.json.new").touch()
     outcome = execute(small("run.steps=1", "resume=auto"))
     assert outcome.folder.ledger.read_text() == before
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000001"]
+    assert not list(folder.path.glob(".*"))
     assert "nothing is left to do: raise run.steps above 1" in screen.text
     assert len(lines(outcome)) == 1 and (outcome.folder.path / "export.old").is_dir()
 
