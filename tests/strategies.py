@@ -38,6 +38,7 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
         found["zero1_tensor2"] = replace(found["zero1"], dp_shard=ranks // 2, tp=2)
         found["zero2_optimizer_tensor2"] = replace(found["zero2_optimizer"], dp_shard=ranks // 2, tp=2)
     if ranks > 2:
+        found["zero2_tensor2"] = replace(found["zero2"], dp_shard=ranks // 2, tp=2)
         found["full_shard_tensor2"] = replace(fsdp, dp_shard=ranks // 2, tp=2)
         found["tensor4"] = replace(fsdp, dp_replicate=ranks // 4, dp_shard=1, tp=4)
     return found

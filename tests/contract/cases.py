@@ -23,9 +23,9 @@ SHAPES: dict[str, s.ModelShape] = {
     "halves": HALVES,
     "quarters": QUARTERS,
     "biased": replace(HALVES, attention_bias=True),
-    "qwen2": replace(HALVES, model_type="qwen2", tie_word_embeddings=True),
+    "qwen2": replace(HALVES, model_type="qwen2"),
     "qwen3": replace(HALVES, model_type="qwen3"),
-    "gemma": replace(HALVES, model_type="gemma", tie_word_embeddings=True),
+    "gemma": replace(HALVES, model_type="gemma"),
 }
 """What tensor parallelism divides in two and in four: the parts of 258 rows are odd again; and the families."""
 
@@ -99,7 +99,7 @@ class Case:
     def shape(self, strategy: s.Strategy) -> s.ModelShape:
         """The model of the case: that of its `family`, else one that `strategy` can divide."""
         shape = SHAPES[self.family] if self.family else {1: SHAPE, 2: HALVES, 4: QUARTERS}[strategy.tp]
-        return replace(shape, tie_word_embeddings=self.tied or shape.tie_word_embeddings)
+        return replace(shape, tie_word_embeddings=self.tied)
 
 
 FAMILIES = (("qwen2", "full"), ("qwen2", "lora"), ("qwen3", "full"), ("qwen3", "lora"), ("gemma", "full"), ("biased", "lora"))
@@ -167,7 +167,9 @@ def all_cases(ranks: int) -> list[Case]:
         packed += [Case("tensor2", tuning, "fp32", 1) for tuning in ("head", "modules")]
         packed += [Case(name, "dora", "fp32", 1) for name in DORA] + [Case("full_shard", "dora", "bf16", 4, recompute="full")]
         packed.append(Case("full_shard", "untied", "fp32", 1))
-        families = [Case("tensor2", tuning, "fp32", 1, family=name) for name, tuning in FAMILIES]
+        families = [
+            Case("tensor2", tuning, "fp32", 1, family=name, tied=name in ("qwen2", "gemma")) for name, tuning in FAMILIES
+        ]
         families.append(Case("tensor2", "full", "fp32", 1, loss="plain"))
         families += [
             Case("zero1_tensor2", *rest, "fp32", 1, family=name) for name, *rest in FAMILIES if name in ("qwen3", "biased")
@@ -232,7 +234,19 @@ def compiled_cases(ranks: int) -> list[Case]:
     ]
 
 
-SWEEPS = {"every optimizer": every_optimizer_case, "rest": rest_of_the_product, "compiled": compiled_cases}
+def divided_families(ranks: int) -> list[Case]:
+    """Llama, Qwen2 and Qwen3, their heads tied and not, full and LoRA, under each strategy that divides matrices in two."""
+    names = [name for name, strategy in strategies(ranks).items() if strategy.tp == 2]
+    product = itertools.product(names, ("full", "lora"), (True, False), ("halves", "qwen2", "qwen3"))
+    return [Case(name, tuning, "fp32", 1, tied=tied, family=family) for name, tuning, tied, family in product]
+
+
+SWEEPS = {
+    "every optimizer": every_optimizer_case,
+    "rest": rest_of_the_product,
+    "families": divided_families,
+    "compiled": compiled_cases,
+}
 """Cases that are too dear for every change, by the name of their sweep."""
 
 

@@ -36,7 +36,7 @@ def bounds_of(name: str, compute: str) -> dict[str, float]:
 @lru_cache(maxsize=3)
 def results(ranks: int, folder: Path, *sweep: str) -> dict[str, Any]:
     output = folder / f"contract-{ranks}.json"
-    ended = run_ranks(Path(__file__).with_name("worker.py"), [str(output), *sweep], ranks, timeout=900)
+    ended = run_ranks(Path(__file__).with_name("worker.py"), [str(output), *sweep], ranks, timeout=1700)
     assert all(code == 0 for code, _ in ended), "\n".join(text[-3000:] for _, text in ended)
     found: dict[str, Any] = json.loads(output.read_text())
     return found
@@ -62,9 +62,9 @@ def test_equals_one_plain_process(ranks: int, name: str, compute: str, folder: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("sweep", ["every optimizer", "rest"])
+@pytest.mark.parametrize("sweep", ["every optimizer", "rest", "families"])
 def test_every_other_combination(sweep: str, ranks: int, tmp_path: Path) -> None:
     found = results(ranks, tmp_path, sweep)
     cases = SWEEPS[sweep](ranks)

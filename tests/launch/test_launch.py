@@ -22,7 +22,7 @@ def call(command: list[object], cwd: Path, stdin: str = "", **variables: str) ->
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"XDG_CACHE_HOME": str(cwd / ".cache"), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, input=stdin, text=True, capture_output=True, timeout=120
+        [str(part) for part in command], cwd=cwd, env=environment, input=stdin, text=True, capture_output=True, timeout=300
     )
 
 
@@ -125,8 +125,10 @@ def test_lora_under_fsdp_as_torchrun_starts_it(tmp_path):
     [
         (["tensor=2"], 2),
         pytest.param(["fsdp=full_shard", "tensor=2"], 4, marks=pytest.mark.slow),
+        pytest.param(["zero=stage1", "tensor=2"], 4, marks=pytest.mark.slow),
+        pytest.param(["zero=stage2", "tensor=2", "offload=optimizer"], 4, marks=pytest.mark.slow),
     ],
-    ids=["tensor=2", "fsdp=full_shard tensor=2"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else f"{value}ranks",
 )
 def test_ranks_that_compute_together_learn_what_one_learns(trained, tmp_path, words, ranks):
     launcher = [Path(sys.executable).parent / "torchrun", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
