@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from orchestrator.config import compose
+from orchestrator.config import compose, computing
+from orchestrator.config.schema import AttentionConf, AttentionKind, LossConf, LossKind
 from orchestrator.errors import ConfigError
 
 A10 = ["model=llama3_8b", "cluster=4xa10"]
@@ -29,6 +32,21 @@ def test_what_cannot_work_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["model=tiny", *words])
     assert said in str(caught.value)
+
+
+def test_a_kernel_whose_package_is_absent_is_refused_on_the_card_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(computing, "FLASH", "flash_attn_that_nobody_has")
+    monkeypatch.setattr(computing, "LIGER", "liger_kernel_that_nobody_has")
+    spec = compose(["model=llama3_8b", "cluster=1xa10"])
+    here = replace(spec.cluster, name="local")
+    asked = AttentionConf(kind=AttentionKind.flash), LossConf(kind=LossKind.liger)
+    (flash,) = computing.attention_faults(asked[0], here, "bf16", "none")
+    assert (flash.problem, "attention=sdpa" in flash.remedy) == (
+        "attention=flash, but the package flash-attn is not installed", True,
+    )  # fmt: skip
+    (liger,) = computing.loss_faults(asked[1], here, spec.model)
+    assert "liger-kernel is not installed" in liger.problem and "pip install liger-kernel" in liger.remedy
+    assert not computing.attention_faults(asked[0], spec.cluster, "bf16", "none"), "another machine may have it"
 
 
 def test_what_is_said_reaches_the_spec() -> None:
