@@ -120,7 +120,9 @@ def _notes(spec: RunSpec, time: StepTime | None) -> tuple[str, ...]:
         if not spec.cluster.nvme_bytes:
             notes.append("NVMe is not held against a limit: cluster.nvme_gib states it")
     if spec.compile != "none":
-        notes.append("memory is planned as if the blocks were not compiled: compiled they keep less")
+        host = format_bytes(device.COMPILER_BYTES)
+        less = "planned as if not compiled: compiled blocks keep less"
+        notes.append(f"{less}, and the compiler takes some {host} of each rank's host memory")
     if spec.strategy.ranks > spec.cluster.cards_per_node:
         notes.append(f"{device.NETWORK_GB_PER_S:.1f} GB/s assumed between machines")
     return tuple(notes)
