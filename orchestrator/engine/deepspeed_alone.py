@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -36,6 +37,52 @@ def agree_with_peers() -> None:
 
     zero.get_lst_from_rank0 = own
     zero.assert_lst_len_same_as_other_ranks = same_length
+
+
+class BucketListener(Protocol):
+    """Hears of ZeRO-3's reduce bucket."""
+
+    def filled(self, elements: int) -> None:
+        """A gradient of so many elements goes into it."""
+
+    def emptied(self) -> None:
+        """It is about to be reduced and emptied."""
+
+
+_LISTENING: list[BucketListener] = []
+
+
+@contextlib.contextmanager
+def listening_to_buckets(listener: BucketListener) -> Iterator[None]:
+    """Let `listener` hear of ZeRO-3's reduce bucket."""
+    _tell_of_buckets()
+    _LISTENING.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENING.remove(listener)
+
+
+@lru_cache(maxsize=1)
+def _tell_of_buckets() -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Optimizer
+
+    kind: Any = Optimizer
+    add = kind._DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket
+    reduce = kind._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads
+
+    def telling_add(optimizer: Any, parameter: Any) -> None:
+        for listener in _LISTENING:
+            listener.filled(parameter.grad.numel())
+        add(optimizer, parameter)
+
+    def telling_reduce(optimizer: Any, dtype: torch.dtype) -> None:
+        for listener in _LISTENING:
+            listener.emptied()
+        reduce(optimizer, dtype)
+
+    kind._DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket = telling_add
+    kind._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads = telling_reduce
 
 
 class FakeHandle:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.layout import parameter_table
 from orchestrator.planner.habits import with_foreach, without_masters
 from orchestrator.planner.programme import FULL, Programme
 from orchestrator.planner.repeat import ENOUGH, SHORT, repeat
 from orchestrator.planner.splice import splice
 from orchestrator.planner.trace import Living, Note, Trace
-from orchestrator.spec import Engine, RunSpec, from_json, to_json
-from orchestrator.units import GIB
+from orchestrator.spec import ROOT, Engine, Home, RunSpec, Shard, from_json, stored, to_json
+from orchestrator.units import GIB, ceil_div, dtype_bytes
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,42 @@ def unit(spec: RunSpec) -> int:
     return spec.recompute_every if spec.recompute == "every_n" else 1
 
 
-def can_splice(spec: RunSpec) -> bool:
-    """Whether tracing a few layers may be enough. Not under DeepSpeed: its flat buckets and ZeRO-3's thresholds count over the
-    whole depth; nor where the depth is no multiple of the layers that repeat."""
+def shallow(spec: RunSpec) -> int | None:
+    """Runs of like blocks (see `unit`) in the shallower of the two traces that are spliced; None where the whole depth is
+    traced: it is no deeper, no multiple of the blocks that repeat, or the strategy's events are not those of the layers."""
     shape = spec.model.shape
-    if shape is None or not shape.known or spec.strategy.engine is Engine.DEEPSPEED:
-        return False
-    return shape.num_hidden_layers > 2 * FEW * unit(spec) and shape.num_hidden_layers % unit(spec) == 0
+    if shape is None or not shape.known or shape.num_hidden_layers % unit(spec):
+        return None
+    if spec.strategy.engine is Engine.DEEPSPEED:
+        return _shallow_zero3(spec)
+    return FEW if shape.num_hidden_layers > 2 * FEW * unit(spec) else None
+
+
+WORTH = 3
+"""ZeRO-3 is spliced where the whole depth is so many times the shallower trace's: two are made, and put together."""
+
+
+def _shallow_zero3(spec: RunSpec) -> int | None:
+    """The same under DeepSpeed: under ZeRO-3 with adapters, all on the card. Elsewhere flat buffers and buckets are filled by
+    weights of several layers, and never at the same place of a layer.
+
+    At both ends of a pass so many layers are special as the thresholds of gathering and of fetching ahead reach
+    (`stage3_max_live_parameters` and others, in elements as they rest); those between are alike. The bucket must hold all
+    gradients of the traced layers (see `buckets`).
+    """
+    strategy, knobs, table, shape = spec.strategy, spec.strategy.buckets, parameter_table(spec), spec.model.shape
+    homes = (strategy.optimizer_home, strategy.parameter_home)
+    able = strategy.shard is Shard.PARAMETERS and spec.tuning.adapters and homes == (Home.GPU, Home.GPU) and unit(spec) == 1
+    if not able or knobs is None or table is None or shape is None:
+        return None
+    block = [p for p in stored(table, spec.precision.compute) if p.block == 1]
+    whole = sum(p.numel for p in block)
+    reach = ceil_div(max(knobs.max_live, knobs.max_reuse) + knobs.prefetch, whole)
+    layers = 2 * reach + 2
+    outside, inside = (sum(p.numel for p in table if p.trainable and p.block == number) for number in (ROOT, 1))
+    fits = outside + (layers + 1) * inside <= knobs.reduce
+    fits = fits and outside + shape.num_hidden_layers * inside <= knobs.sub_group  # one flat buffer, whatever the depth
+    return layers if fits and shape.num_hidden_layers >= WORTH * layers else None
 
 
 def _shortened(spec: RunSpec, rank: int, programme: Programme) -> Trace | None:
@@ -174,24 +204,29 @@ def _shortened(spec: RunSpec, rank: int, programme: Programme) -> Trace | None:
     if more > 0:
         size = spec.strategy.dp * spec.batch.micro * SHORT
         spec = replace(spec, batch=replace(spec.batch, global_size=size, accumulation=SHORT))
-    trace = _spliced(spec, rank, programme) if can_splice(spec) else None
+    trace = _spliced(spec, rank, programme)
     if more <= 0:
         return trace
     return repeat(trace or play(spec, rank, programme), more)
 
 
 def _spliced(spec: RunSpec, rank: int, programme: Programme) -> Trace | None:
+    from orchestrator.planner.buckets import emptied_in_time
     from orchestrator.planner.stage import play
 
-    shape = spec.model.shape
-    assert shape is not None, "can_splice was asked"
+    few, shape, knobs = shallow(spec), spec.model.shape, spec.strategy.buckets
+    if few is None or shape is None:
+        return None
 
     def at(units: int) -> Trace:
-        layers = units * unit(spec)
-        shallow = replace(spec.model, shape=replace(shape, num_hidden_layers=layers))
-        return play(replace(spec, model=shallow), rank, programme)
+        shallower = replace(spec.model, shape=replace(shape, num_hidden_layers=units * unit(spec)))
+        return play(replace(spec, model=shallower), rank, programme, marked=knobs is not None)
 
-    return splice(at(FEW), at(FEW + 1), shape.num_hidden_layers // unit(spec) - FEW)
+    trace = splice(at(few), at(few + 1), shape.num_hidden_layers // unit(spec) - few)
+    if trace is None or knobs is None:
+        return trace
+    trace = emptied_in_time(trace, knobs.reduce, dtype_bytes(spec.precision.compute))
+    return None if trace is None else trace.settled()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from orchestrator.engine import deepspeed_alone
 from orchestrator.engine.protocol import Engine
 from orchestrator.planner import card, fake
 from orchestrator.planner.blank import BlankWeights
+from orchestrator.planner.buckets import Marks
 from orchestrator.planner.performance import Performance
 from orchestrator.planner.programme import FULL, Programme
 from orchestrator.planner.trace import Trace
@@ -75,13 +77,14 @@ def swapping_to(spec: RunSpec, folder: str) -> RunSpec:
     return replace(spec, strategy=replace(spec.strategy, nvme=replace(nvme, path=folder)))
 
 
-def play(spec: RunSpec, rank: int, programme: Programme = FULL) -> Trace:
-    """The trace of rank `rank` of `spec` through `programme`."""
+def play(spec: RunSpec, rank: int, programme: Programme = FULL, *, marked: bool = False) -> Trace:
+    """The trace of rank `rank` of `spec` through `programme`; `marked`: with what is in ZeRO-3's bucket (`buckets`)."""
     if spec.strategy.engine is not Kind.PLAIN and not dist.is_initialized():
         fake.join(rank, spec.strategy.ranks)
     device, tracer = device_for(spec)
-    with tempfile.TemporaryDirectory() as folder, fake.fake_tensors(packed=spec.data.packing != "none"):
+    listening = deepspeed_alone.listening_to_buckets(Marks(tracer)) if marked else contextlib.nullcontext()
+    with listening, tempfile.TemporaryDirectory() as folder, fake.fake_tensors(packed=spec.data.packing != "none"):
         spec = swapping_to(spec, folder)
         weights = models.open_weights if spec.model.path is None else BlankWeights
         FakePerformance(without_files(replace(spec, compile="none")), device, tracer, weights, programme).run(rank)
-    return tracer.trace()
+    return tracer.trace().settled()

@@ -81,6 +81,32 @@ class Trace:
         for block, size, note in zip(self.block, self.size, self.note, strict=True):
             yield Event(block, size, notes[note])
 
+    def settled(self) -> Trace:
+        """The same with the frees between two allocations in the order in which their blocks were made.
+
+        Libraries free what they keep in sets, whose order differs from run to run. What an allocator holds after several frees
+        does not depend on their order: neighbours that are free become one.
+        """
+        block, note = self.block, self.note
+        columns = (block[:], self.size[:], note[:])
+        segment = [one.segment for one in self.notes]
+        made: dict[int, int] = {}
+        first, count = 0, len(block)
+        while first < count:
+            if block[first] > 0:
+                made[block[first]] = first
+                first += 1
+                continue
+            last = first + 1
+            while last < count and block[last] < 0 and segment[note[last]] == segment[note[first]]:
+                last += 1
+            if last - first > 1:
+                order = sorted(range(first, last), key=lambda index: made[-block[index]])
+                for column in columns:
+                    column[first:last] = array("q", [column[index] for index in order])
+            first = last
+        return Trace(self.segments, self.notes, *columns, self.lines)
+
     def peaks(self, home: str | None = "gpu") -> dict[str, int]:
         """Largest sum of living bytes while each phase ran, in `home` (None: everywhere); repeats of a phase count together."""
         highest: dict[str, int] = {}

@@ -105,6 +105,16 @@ class Tracer(TorchDispatchMode):
         for block, size in reversed(blocks):
             self._record(-block, size, op, home, self.layer)
 
+    def mark(self, size: int, home: str) -> int:
+        """Record a block of `size` in a home that holds no memory; its number."""
+        self._blocks += 1
+        self._record(self._blocks, size, "mark", home, self.layer)
+        return self._blocks
+
+    def unmark(self, block: int, size: int, home: str) -> None:
+        """Record the end of a mark."""
+        self._record(-block, size, "free", home, self.layer)
+
     def trace(self) -> Trace:
         """Everything recorded so far."""
         notes = tuple(self._notes)
