@@ -47,6 +47,7 @@ STRATEGIES: tuple[tuple[str, ...], ...] = (
     ("zero=stage2", "offload=optimizer"), ("zero=stage3",), ("zero=stage3", "offload=optimizer"),
     ("zero=stage3", "offload=cpu"),
     ("fsdp=full_shard",), ("fsdp=full_shard", "offload=cpu"), ("fsdp=shard_grad_op",), ("fsdp=hybrid_shard",), ("tensor=2",),
+    ("zero=stage1", "tensor=2"), ("zero=stage2", "tensor=2", "offload=optimizer"),
 )  # fmt: skip
 """Engines with what they offload: two levers that hardly meet otherwise. Without words it is one plain process."""
 
