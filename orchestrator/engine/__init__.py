@@ -9,7 +9,7 @@ from orchestrator.engine.protocol import Engine, LossSum, Piece, StepResult, Wei
 from orchestrator.spec import Engine as Kind
 from orchestrator.spec import RunSpec
 
-__all__ = ["Engine", "LossSum", "Piece", "StepResult", "Weights", "make"]
+__all__ = ["Engine", "LossSum", "Piece", "StepResult", "Weights", "make", "prepare"]
 
 
 def make(spec: RunSpec, device: torch.device, loss_sum: LossSum) -> Engine:

@@ -77,6 +77,7 @@ class Performance:
 
         tracer, spec = self.tracer, self.spec
         formats.prepare(spec.tuning.form)
+        engines.prepare(spec.optimizer)  # again in make, where the tensors of its tables would be counted as the run's
         with tracer:
             tracer.enter_phase("load")
             with _garbage_kept():
