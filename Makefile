@@ -92,6 +92,7 @@ gpu-wheels: $(READY)
 		--platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 --platform any \
 		einops hjson py-cpuinfo msgpack ninja pydantic pydantic-core==$$($(BIN)/python -c 'import pydantic_core; print(pydantic_core.__version__)') \
 		annotated-types typing-inspection nvidia-ml-py psutil rich markdown-it-py mdurl pygments datasets dill multiprocess
+	$(BIN)/python benchmarks/gpu/one_cuda.py bitsandbytes==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("bitsandbytes"))') build/gpu-wheels
 	du -sh build/gpu-wheels
 
 clean:

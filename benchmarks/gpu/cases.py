@@ -16,6 +16,8 @@ from orchestrator.units import GIB
 CONF = Path(__file__).resolve().parents[2] / "conf"
 BUCKETS = s.Buckets()
 LORA = s.Tuning("lora", rank=16, alpha=32, targets=s.expand_targets(("all-linear",)))
+INT8 = replace(LORA, kind="qlora", quant="int8")
+NF4 = replace(LORA, kind="qlora", quant="nf4", double_quant=True)
 FULL = s.Tuning("full")
 A10_BYTES = int(22.5 * GIB)
 
@@ -43,6 +45,9 @@ def strategies(ranks: int) -> dict[str, s.Strategy]:
         "full_shard": fsdp,
         "shard_grad_op": replace(fsdp, reshard_after_forward=False),
         "full_shard_cpu": replace(fsdp, optimizer_home=cpu, parameter_home=cpu),
+        "tensor": replace(fsdp, dp_shard=1, tp=ranks),
+        "full_shard_tensor2": replace(fsdp, dp_shard=ranks // 2, tp=2),
+        "zero1_tensor2": replace(zero["zero1"], dp_shard=ranks // 2, tp=2),
     }
 
 
@@ -59,11 +64,13 @@ def case(
 ) -> tuple[str, s.RunSpec]:
     """(name, spec). `capped`: the card is held to the memory of an A10."""
     ranks = 1 if strategy == "plain" else ranks
+    chosen = strategies(ranks)[strategy]
+    words = tuning.kind if tuning.quant == "none" else f"{tuning.kind}_{tuning.quant}"
     card = s.Card("capped" if capped else "whole", A10_BYTES if capped else 2**50, 0.0, 0.0, 0.0, bf16=True)
-    name = f"{model}-{strategy}-{tuning.kind}-{seq_len}x{micro}-{recompute}-{ranks}ranks{'-a10' if capped else ''}"
+    name = f"{model}-{strategy}-{words}-{seq_len}x{micro}-{recompute}-{ranks}ranks{'-a10' if capped else ''}"
     spec = s.RunSpec(
         run=s.Run(None, 2, 1), seed=0, model=s.Model(model, None, False, shape(model)), tuning=tuning,
-        strategy=strategies(ranks)[strategy], batch=s.Batch(micro * ranks, micro, 1), data=s.Data(None, seq_len),
+        strategy=chosen, batch=s.Batch(micro * chosen.dp, micro, 1), data=s.Data(None, seq_len),
         optimizer=s.Optimizer("adamw", lr=1e-5), schedule=s.Schedule("constant", 0), recompute=recompute,
         precision=s.Precision("bf16"), cluster=s.Cluster("one card", 1, ranks, card), checkpoint=s.Checkpoint(0, 1),
         resume="none", eval=s.Evaluation(0), export=s.Export("none", False), logging=s.Logging(1, "none"),
@@ -73,7 +80,7 @@ def case(
 
 
 def all_cases() -> dict[str, s.RunSpec]:
-    """Forty-four runs, the ones that say most first, in case the time runs out."""
+    """Fifty-two runs, the ones that say most first, in case the time runs out."""
     found = []
     for strategy in (
         "zero1",
@@ -99,7 +106,17 @@ def all_cases() -> dict[str, s.RunSpec]:
         case("llama32_1b", "zero3", FULL, 4096, "full", ranks=8),
         case("llama32_1b", "full_shard", FULL, 4096, "full", ranks=8),
     ]
-    found.append(case("llama3_8b", "zero3", LORA, 8192, "full"))
+    found += [
+        case("llama32_1b", "plain", NF4, 2048, "none"),
+        case("llama32_1b", "zero3", NF4, 2048, "full"),
+        case("llama32_1b", "full_shard", INT8, 2048, "full"),
+        case("llama32_1b", "tensor", FULL, 2048, "none", ranks=2),
+        case("llama32_1b", "zero1_tensor2", LORA, 2048, "full"),
+        case("llama32_1b", "full_shard_tensor2", FULL, 2048, "none"),
+        case("llama3_8b", "plain", NF4, 2048, "full", capped=True),
+        case("llama3_8b", "tensor", LORA, 4096, "full"),
+        case("llama3_8b", "zero3", LORA, 8192, "full"),
+    ]
     return dict(found)
 
 
