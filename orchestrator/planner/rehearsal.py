@@ -184,6 +184,7 @@ def _shallow_zero3(spec: RunSpec) -> int | None:
     strategy, knobs, table, shape = spec.strategy, spec.strategy.buckets, parameter_table(spec), spec.model.shape
     homes = (strategy.optimizer_home, strategy.parameter_home)
     able = strategy.shard is Shard.PARAMETERS and spec.tuning.adapters and homes == (Home.GPU, Home.GPU) and unit(spec) == 1
+    able = able and strategy.gradients is None  # emptying into another dtype makes a copy of each gradient
     if not able or knobs is None or table is None or shape is None:
         return None
     block = [p for p in stored(table, spec.precision.compute) if p.block == 1]
