@@ -172,14 +172,26 @@ class Watch:
     def _leave(self, speaker: int, error: HungRank, gone: Sequence[State]) -> None:
         """End this process; the `speaker` says why before, and ends those `gone` after it, since the launcher ends a run as
         soon as one process has."""
-        if speaker != self._world.rank:
-            # The speaker may judge a little later, and would take who is silent until then for the culprit.
-            until = time.monotonic() + SPEAK_SECONDS
-            while time.monotonic() < until:
-                self._board.say(self._state())
-                time.sleep(min(self._beat, 1.0))
+        if speaker != self._world.rank and not self._is_still_there(speaker):
             failure.abandon(None, self._log)
         failure.abandon(error, self._log, lambda: self._end(gone))
+
+    def _is_still_there(self, speaker: int) -> bool:
+        """Whether `speaker` goes on giving signs when it should have spoken and left: it came into the step so late that its
+        own time is not over. Signs are given meanwhile, since it would else take this rank for silent."""
+        self._wait(SPEAK_SECONDS)
+        before = self._board.look(self._state(), LAST_LOOK_SECONDS)
+        self._wait(ANSWERS * self._beat)
+        after = self._board.look(self._state(), LAST_LOOK_SECONDS)
+        if before is None or after is None or speaker not in before:
+            return False
+        return after[speaker][0] > before[speaker][0]
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._board.say(self._state())
+            time.sleep(min(self._beat, 1.0))
 
     def _end(self, gone: Sequence[State]) -> None:
         """End the processes on this machine that no longer answer: a stopped one would not hear the launcher's signal."""
