@@ -91,7 +91,7 @@ def test_deepspeeds_own_config_model_takes_it(name: str) -> None:
         "assert not wrong, wrong\n"
         "assert made.gradient_accumulation_steps == config['gradient_accumulation_steps']\n"
     )
-    spec = spec_of(name, ranks=2)
+    spec = spec_of(name)
     batch = replace(spec.batch, micro=spec.batch.global_size // spec.batch.accumulation)
     spec = replace(spec, batch=batch, strategy=replace(spec.strategy, dp_shard=1))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
