@@ -207,14 +207,6 @@ def _publish(final: Path, document: dict[str, Any], files: dict[str, Stored], ke
     return None
 
 
-def tidy(checkpoints: Path) -> None:
-    """Take away what earlier lives of a run that has ended have left half removed: no save follows that would."""
-    try:
-        commit.recover(checkpoints)
-    except OSError as error:
-        LOG.warning("what an interrupted save has left under %s could not be removed: %s", checkpoints, _describe(error))
-
-
 def save(
     checkpoints: Path,
     moment: Moment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any
 
 from orchestrator.errors import CheckpointError, ConfigError, Fault
 from orchestrator.spec import RunSpec, to_json
-from orchestrator.train.commit import DOCUMENT, is_named, named_steps
+from orchestrator.train.commit import DOCUMENT, is_named, named_steps, recover
+
+LOG = logging.getLogger("orchestrator.train")
 
 ROOT = Path("runs")
 FRESH = ".new"
@@ -97,9 +100,14 @@ class RunFolder:
         return tuple(reversed(named_steps(self.checkpoints)))
 
     def tidy(self) -> None:
-        """Take away the files that a process died in the middle of writing (`write_text`)."""
-        for unfinished in self.path.glob(f".*{FRESH}"):
-            unfinished.unlink(missing_ok=True)
+        """Take away what earlier lives of a run that has ended have left half removed or half written: nothing follows that
+        would."""
+        try:
+            recover(self.checkpoints)
+            for unfinished in self.path.glob(f".*{FRESH}"):
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            LOG.warning("what an interrupted run has left under %s could not be removed: %s", self.path, error.strerror)
 
     def newest_checkpoint(self) -> Path | None:
         return next(iter(self.saved()), None)

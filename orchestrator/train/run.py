@@ -120,7 +120,6 @@ class Run:
 
     def _mark(self, done: int, total: int, stopped: bool) -> None:
         """Leave the file by which a job script knows how the run ended, when everything else is written."""
-        checkpoint.tidy(self._folder.checkpoints)
         self._folder.tidy()
         if stopped:
             write_text(self._folder.stopped, f"{self._stop.signal_name or 'a signal'} after step {done} of {total}\n")
