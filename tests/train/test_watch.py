@@ -3,6 +3,7 @@ more ways to hang, without a launcher."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def test_nobody_waits_for_a_store_that_neither_answers_nor_refuses():
         told = board.look(state(0), 60)
         assert told is not None and told[0] == (1, state(0)) and board.first == state(0)
         keeper.send_signal(signal.SIGSTOP)
+        os.waitpid(keeper.pid, os.WUNTRACED)  # until it has stopped: it may answer until then
         began = time.monotonic()
         assert board.look(state(0), 0.1, 0.5) is None and not board.lost and 0.4 < time.monotonic() - began < 5
         keeper.kill()
